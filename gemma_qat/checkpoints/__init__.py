@@ -1,0 +1,1 @@
+"""Every layout in and out: GGUF, Hugging Face, Orbax."""

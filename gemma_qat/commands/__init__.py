@@ -1,0 +1,1 @@
+"""Thin commands: flags, one library call, where the result lies."""

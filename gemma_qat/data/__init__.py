@@ -1,0 +1,1 @@
+"""The text: tokenizer, sources, packing."""

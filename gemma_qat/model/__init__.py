@@ -1,0 +1,1 @@
+"""The network: sizes, declared weights, forward pass, generation."""

@@ -1,0 +1,1 @@
+"""The numbers: formats, which weight gets which, straight-through."""
