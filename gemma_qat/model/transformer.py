@@ -44,6 +44,7 @@ class Transformer(nn.Module):
     dtype: of the operands of matrix products (accumulated in float32).
     residual_dtype: of the residual stream.
     remat: a name in REMAT_POLICIES.
+    attention: see `layers.attention`.
     round_embedding_multiplier: round sqrt(D) to bfloat16, as the original
       implementation does; llama.cpp does not.
   """
@@ -53,6 +54,7 @@ class Transformer(nn.Module):
   dtype: Any = jnp.bfloat16
   residual_dtype: Any = jnp.float32
   remat: str = 'full'
+  attention: str = 'xla'
   round_embedding_multiplier: bool = False
 
   @nn.compact
@@ -66,11 +68,15 @@ class Transformer(nn.Module):
 
     Returns:
       [B, L, D] in `residual_dtype`; with a cache also the cache, filled.
+      Where the collection 'gram' is mutable, it receives the second moments
+      [C, C] of every matrix's inputs, summed over tokens.
     """
     c = self.config
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    settings = _Settings(c, self.intercept, self.dtype, self.remat)
+    settings = _Settings(
+        c, self.intercept, self.dtype, self.remat, self.attention
+    )
     outer = weights.outer_specs(c)
     table = _weight(self, settings, '', 'embedding', outer)
     x = jnp.take(table, tokens, axis=0).astype(self.residual_dtype)
@@ -82,7 +88,7 @@ class Transformer(nn.Module):
     if c.num_groups:
       scan = nn.scan(
           _Layers,
-          variable_axes={'params': 0},
+          variable_axes={'params': 0, 'gram': 0},
           split_rngs={'params': True},
           in_axes=(nn.broadcast, 0),
           out_axes=0,
@@ -107,6 +113,7 @@ class _Settings:
   intercept: Intercept
   dtype: Any
   remat: str
+  attention: str
 
 
 class _Layers(nn.Module):
@@ -147,9 +154,11 @@ class _Block(nn.Module):
     c, dtype = self.settings.config, self.settings.dtype
     specs = weights.layer_specs(c)
     w = {n: _weight(self, self.settings, self.prefix, n, specs) for n in specs}
-    product = lambda y, name: layers.contract(
-        y, w[name], specs[name].contraction, dtype
-    )
+    def product(y, name):
+      if self.is_mutable_collection('gram'):
+        self.sow('gram', name, layers.gram(y, specs[name].contraction),
+                 init_fn=lambda: 0.0, reduce_fn=lambda old, new: old + new)
+      return layers.contract(y, w[name], specs[name].contraction, dtype)
     norm = lambda y, name: layers.rms_norm(y, w[name], c.norm_epsilon)
 
     y = norm(x, 'attn_pre_norm')
@@ -163,7 +172,9 @@ class _Block(nn.Module):
     q = layers.rope(q, positions, base, scaling) * c.query_scale
     k = layers.rope(k, positions, base, scaling)
     if cache is None:
-      y = layers.attention(q, k, v, window, dtype)
+      y = layers.attention(
+          q, k, v, window, dtype, self.settings.attention
+      )
     else:
       cache, mask = _extend(cache, k, v, positions, window)
       y = layers.cached_attention(q, cache['k'], cache['v'], mask, dtype)

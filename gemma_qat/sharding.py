@@ -1,0 +1,97 @@
+"""Where does each array lie on a mesh of devices?
+
+Weights and batches name their axes logically ('embed', 'mlp', 'batch' ...);
+the one table here maps those names to mesh axes. One device is the mesh
+1 x 1 x 1.
+"""
+
+from typing import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from gemma_qat import errors
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis -> mesh axes. Axes that are not named stay whole.
+RULES: Mapping[str, str | tuple[str, ...]] = {
+    'batch': ('data', 'fsdp'),
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'vocab': 'tensor',
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
+  """Arranges the devices in a mesh.
+
+  Args:
+    data: copies of the model; -1 takes what the other axes leave over.
+    fsdp: parts that weights and batch are split into.
+    tensor: parts that heads, MLP and vocabulary are split into.
+    devices: all of them by default.
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if data == -1:
+    data = max(len(devices) // (fsdp * tensor), 1)
+  sizes = (data, fsdp, tensor)
+  if np.prod(sizes) != len(devices):
+    raise errors.UserError(
+        f'A mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs '
+        f'{np.prod(sizes)} devices, there are {len(devices)}: change '
+        'config.mesh.'
+    )
+  return jax.make_mesh(
+      sizes, MESH_AXES, devices=devices,
+      axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+
+def partition_spec(axes: Sequence[str]) -> jax.sharding.PartitionSpec:
+  """Maps logical axis names to a PartitionSpec."""
+  return jax.sharding.PartitionSpec(*(RULES.get(a) for a in axes))
+
+
+def named(mesh, axes: Sequence[str]) -> jax.sharding.NamedSharding:
+  """Returns the sharding of an array with these logical axes."""
+  return jax.sharding.NamedSharding(mesh, partition_spec(axes))
+
+
+def replicated(mesh) -> jax.sharding.NamedSharding:
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def check(
+    mesh, name: str, shape: Sequence[int], axes: Sequence[str], block: int = 1
+) -> None:
+  """Refuses a mesh that would cut an array, or a block of it, unevenly.
+
+  Args:
+    mesh: from `make_mesh`.
+    name: for the message.
+    shape: sizes of the array.
+    axes: their logical names.
+    block: consecutive elements of the last axis that must stay together.
+
+  Raises:
+    UserError: names the weight, the axis and the sizes that work.
+  """
+  for i, (size, axis) in enumerate(zip(shape, axes)):
+    mesh_axes = RULES.get(axis) or ()
+    mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+    parts = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
+    unit = block if i == len(shape) - 1 else 1
+    if size % (parts * unit):
+      whole = size // unit
+      works = [n for n in range(1, whole + 1) if whole % n == 0][:8]
+      what = f'blocks of {unit}' if unit > 1 else 'parts'
+      raise errors.UserError(
+          f'{name}: axis {axis!r} of {size} does not split into {parts} equal '
+          f'{what}; choose config.mesh {"*".join(mesh_axes)} among {works}.'
+      )

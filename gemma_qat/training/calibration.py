@@ -1,0 +1,50 @@
+"""What do the inputs of each matrix look like on real text?"""
+
+from typing import Any, Callable, Iterable, Mapping
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_qat.model import config as model_config
+from gemma_qat.model import transformer
+
+
+def gather_grams(
+    config: model_config.ModelConfig,
+    params: Mapping[str, Any],
+    batches: Iterable[np.ndarray],
+    dtype=jnp.float32,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, np.ndarray]:
+  """Reads text with the teacher and sums its activations' outer products.
+
+  Args:
+    config: the sizes.
+    params: the teacher's tree.
+    batches: int [B, L] tokens each.
+    dtype: of the operands of the network's products.
+    on_batch: called with the number of tokens of each batch.
+
+  Returns:
+    Tree path of a matrix -> float32 [C, C] mean outer product of its inputs,
+    [G, C, C] for stacked layers.
+  """
+  model = transformer.Transformer(config, dtype=dtype, remat='none')
+
+  @jax.jit
+  def read(params, tokens):
+    _, grams = model.apply({'params': params}, tokens, mutable=['gram'])
+    return grams['gram']
+
+  total, tokens = None, 0
+  for batch in batches:
+    grams = read(params, batch)
+    total = grams if total is None else jax.tree.map(jnp.add, total, grams)
+    tokens += batch.size
+    on_batch(batch.size)
+  if total is None:
+    raise ValueError('No batch to calibrate on.')
+  mean = jax.tree.map(lambda x: np.asarray(x) / tokens, total)
+  return traverse_util.flatten_dict(mean, sep='/')

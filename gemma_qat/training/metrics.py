@@ -1,0 +1,112 @@
+"""Where do a run's numbers go while it runs?
+
+Every number goes to `metrics.jsonl` and to TensorBoard; a terminal gets a
+progress bar, a log gets plain lines.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Mapping
+
+import rich.console
+import rich.progress
+import tensorboardX
+
+FILE = 'metrics.jsonl'
+
+
+class Writer:
+  """Appends rows of scalars to a workdir.
+
+  Opened at step n, it first drops rows of later steps: a run that was stopped
+  between two checkpoints repeats those steps and must not count them twice.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    path = workdir / FILE
+    rows = [r for r in read(workdir) if r['step'] <= step]
+    text = ''.join(json.dumps(r) + '\n' for r in rows)
+    path.write_text(text, encoding='utf-8')
+    self._file = open(path, 'a', encoding='utf-8')
+    self._events = tensorboardX.SummaryWriter(
+        str(workdir / 'events'), purge_step=step + 1 if step else None
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    """Adds one row; every row is flushed to the file."""
+    row = {'step': step, **{k: float(v) for k, v in scalars.items()}}
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    for name, value in scalars.items():
+      self._events.add_scalar(name, float(value), step)
+
+  def close(self):
+    self._file.close()
+    self._events.close()
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """Reads the rows of a workdir; a torn last line is left out."""
+  path = pathlib.Path(workdir) / FILE
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class Progress:
+  """Shows how far a long piece of work is.
+
+  On a terminal a bar with a live text, elsewhere a plain line now and then.
+  """
+
+  def __init__(self, title: str, total: int, done: int = 0, every: float = 15):
+    self._title, self._total, self._done = title, total, done
+    self._every, self._shown = every, 0.0
+    self._start, self._first = time.monotonic(), done
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = rich.progress.Progress(
+          rich.progress.TextColumn('{task.description}'),
+          rich.progress.BarColumn(),
+          rich.progress.MofNCompleteColumn(),
+          rich.progress.TextColumn('{task.fields[text]}'),
+          rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+          console=rich.console.Console(stderr=True),
+      )
+      self._task = self._bar.add_task(
+          title, total=total, completed=done, text=''
+      )
+      self._bar.start()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    if self._bar:
+      self._bar.stop()
+
+  def advance(self, amount: int = 1, text: str = ''):
+    """Moves on; `text` says what is worth knowing now."""
+    self._done += amount
+    if self._bar:
+      self._bar.update(self._task, completed=self._done, text=text)
+      return
+    now = time.monotonic()
+    if now - self._shown < self._every and self._done < self._total:
+      return
+    self._shown = now
+    rate = (self._done - self._first) / max(now - self._start, 1e-9)
+    left = (self._total - self._done) / max(rate, 1e-9)
+    print(
+        f'{self._title} {self._done}/{self._total} {text} '
+        f'{left:.0f} s left',
+        file=sys.stderr, flush=True,
+    )

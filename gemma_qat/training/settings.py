@@ -1,0 +1,202 @@
+"""Is the run's configuration complete, consistent and understood?
+
+A ConfigDict is what a user edits; it stops here. Below the loop there are only
+these frozen values.
+"""
+
+import dataclasses
+from typing import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from gemma_qat import errors
+from gemma_qat.model import transformer
+from gemma_qat.quant import formats
+from gemma_qat.quant import lattice
+
+Rules = tuple[tuple[str, str | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSettings:
+  """Which weights take which format, how, and where they start.
+
+  Attributes:
+    rules: ordered (regex, format name); None leaves a weight as it is.
+    modes: ordered (regex, mode of `quant.lattice`) for the quantized ones.
+    start: 'reference' (the format's own rounding), 'search' (block by block,
+      importance-weighted least squares) or 'gptq' (rounding coordinated over
+      a row).
+    calibration_tokens: how many training tokens the teacher reads for the
+      activation statistics of 'search' and 'gptq'.
+  """
+
+  rules: Rules
+  modes: Rules
+  start: str
+  calibration_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """How the trained leaves move.
+
+  Attributes:
+    learning_rate: peak rate; a group's own is this times its multiplier.
+    multipliers: group -> factor; the groups are what `train.rules` assigns.
+    warmup_steps: linear from 0; cosine to 0 at the last step follows.
+    clip: largest global gradient norm of a group; 0 for none.
+    b1, b2, epsilon: of Adam.
+  """
+
+  learning_rate: float
+  multipliers: Mapping[str, float]
+  warmup_steps: int
+  clip: float
+  b1: float
+  b2: float
+  epsilon: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeSettings:
+  """How the network is computed; see `model.transformer.Transformer`."""
+
+  dtype: str
+  residual_dtype: str
+  remat: str
+  attention: str
+  round_embedding_multiplier: bool
+  kl_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """How long, on how much, and what is trained.
+
+  Attributes:
+    steps: optimizer steps.
+    batch_size: rows a step, over all devices.
+    length: tokens a row.
+    rules: ordered (regex over the student's leaves, group); None freezes.
+    checkpoint_every, evaluate_every, log_every: in steps.
+    keep: checkpoints kept.
+    heldout_batches: batches of held-out text that `evaluate_every` scores.
+  """
+
+  steps: int
+  batch_size: int
+  length: int
+  rules: Rules
+  checkpoint_every: int
+  evaluate_every: int
+  log_every: int
+  keep: int
+  heldout_batches: int
+
+
+def quant(config: ml_collections.ConfigDict) -> QuantSettings:
+  """Checks and freezes `config.quant`."""
+  s = QuantSettings(
+      rules=_rules(config.quant.rules),
+      modes=_rules(config.quant.modes),
+      start=config.quant.start,
+      calibration_tokens=config.quant.calibration_tokens,
+  )
+  for _, name in s.rules:
+    if name is not None:
+      formats.get(name)
+  _choice('config.quant.start', s.start, ('reference', 'search', 'gptq'))
+  for _, mode in s.modes:
+    _choice('config.quant.modes', mode, lattice.MODES)
+  return s
+
+
+def optimizer(config: ml_collections.ConfigDict) -> OptimizerSettings:
+  """Checks and freezes `config.optimizer`."""
+  values = config.optimizer.to_dict()
+  s = OptimizerSettings(**values)
+  if s.warmup_steps >= config.train.steps:
+    raise errors.UserError(
+        f'config.optimizer.warmup_steps={s.warmup_steps} leaves nothing of '
+        f'config.train.steps={config.train.steps}: lower it.'
+    )
+  return s
+
+
+def train(config: ml_collections.ConfigDict) -> TrainSettings:
+  """Checks and freezes `config.train`."""
+  values = config.train.to_dict()
+  s = TrainSettings(**(values | {'rules': _rules(config.train.rules)}))
+  for field in dataclasses.fields(s):
+    value = getattr(s, field.name)
+    if field.name != 'rules' and value < 1:
+      raise errors.UserError(f'config.train.{field.name}={value} is below 1.')
+  unknown = {g for _, g in s.rules if g} - set(config.optimizer.multipliers)
+  if unknown:
+    raise errors.UserError(
+        f'config.train.rules names the group {min(unknown)!r}, which '
+        'config.optimizer.multipliers does not have: add it there.'
+    )
+  return s
+
+
+def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
+  """Checks and freezes `config.compute`; resolves 'auto' for this machine."""
+  s = ComputeSettings(**config.compute.to_dict())
+  if s.dtype == 'auto':
+    s = dataclasses.replace(s, dtype=fast_dtype())
+  _choice('config.compute.dtype', s.dtype, ('bfloat16', 'float32'))
+  _choice('config.compute.residual_dtype', s.residual_dtype,
+          ('bfloat16', 'float32'))
+  if s.attention == 'auto':
+    on_cpu = jax.default_backend() == 'cpu'
+    s = dataclasses.replace(s, attention='mapped' if on_cpu else 'xla')
+  _choice('config.compute.attention', s.attention, ('mapped', 'xla', 'cudnn'))
+  transformer.remat_policy(s.remat)
+  return s
+
+
+def make_model(config, compute_settings: ComputeSettings, intercept):
+  """Builds the network that these settings describe."""
+  s = compute_settings
+  return transformer.Transformer(
+      config,
+      intercept=intercept,
+      dtype=jnp.dtype(s.dtype),
+      residual_dtype=jnp.dtype(s.residual_dtype),
+      remat=s.remat,
+      attention=s.attention,
+      round_embedding_multiplier=s.round_embedding_multiplier,
+  )
+
+
+def fast_dtype() -> str:
+  """Chooses bfloat16 products where the machine has instructions for them.
+
+  Accelerators do; of x86 CPUs those with AVX512-BF16 or AMX (twice to five
+  times the rate of float32). Elsewhere bfloat16 is emulated, slower than
+  float32.
+  """
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as f:
+      flags = f.read()
+  except OSError:
+    return 'float32'
+  fast = 'avx512_bf16' in flags or 'amx_bf16' in flags
+  return 'bfloat16' if fast else 'float32'
+
+
+def _choice(field, value, allowed):
+  if value not in allowed:
+    raise errors.UserError(
+        f'{field}: {value!r} is not one of {", ".join(allowed)}.'
+    )
+
+
+def _rules(rules) -> Rules:
+  return tuple((pattern, value) for pattern, value in rules)

@@ -1,0 +1,204 @@
+"""What is the student made of, and which part of it is trained?
+
+The student is the teacher's tree in which every quantized weight is replaced
+by what its mode trains (see `quant.lattice`). The plan says for each of them
+the format and the mode; rules over the leaves say who is trained.
+"""
+
+import dataclasses
+from typing import Any, Callable, Mapping
+
+from flax import traverse_util
+import jax
+import numpy as np
+
+from gemma_qat import errors
+from gemma_qat import sharding
+from gemma_qat.model import config as model_config
+from gemma_qat.model import weights
+from gemma_qat.quant import formats
+from gemma_qat.quant import lattice
+from gemma_qat.quant import rules
+from gemma_qat.quant import search
+from gemma_qat.training import settings
+
+Flat = Mapping[str, Any]
+
+
+def make_plan(config: model_config.ModelConfig, s: settings.QuantSettings):
+  """Decides the format and mode of every quantized weight.
+
+  Returns:
+    {tree path: (Format, mode, contraction)} as `lattice.make_intercept` takes
+    it.
+
+  Raises:
+    UserError: a rule matches nothing, or names a vector of gains.
+  """
+  specs = weights.tree_specs(config)
+  chosen = {p: f for p, f in rules.resolve(s.rules, specs).items() if f}
+  modes = rules.resolve(s.modes, chosen)
+  plan = {}
+  for path, name in chosen.items():
+    if not specs[path].contraction:
+      raise errors.UserError(
+          f'config.quant.rules gives {path} the format {name}, but it is a '
+          'vector of gains: formats are for matrices. Narrow the rule.'
+      )
+    if path not in modes:
+      raise errors.UserError(
+          f'config.quant.modes says nothing of {path}: add a rule for it.'
+      )
+    plan[path] = (formats.get(name), modes[path], specs[path].contraction)
+  return plan
+
+
+def init_student(
+    config: model_config.ModelConfig,
+    params: Mapping[str, Any],
+    plan,
+    start: str,
+    grams: Flat | None = None,
+    on_weight: Callable[[str], None] = lambda path: None,
+) -> dict:
+  """Makes the student at step 0.
+
+  Args:
+    config: the sizes.
+    params: the teacher's tree, float32.
+    plan: from `make_plan`.
+    start: see `settings.QuantSettings.start`.
+    grams: tree path -> [..., C, C] second moments of the weight's inputs, for
+      the starts that need them; from `calibration.gather_grams`.
+    on_weight: called with each path as it is done.
+
+  Returns:
+    The student's tree.
+  """
+  specs = weights.tree_specs(config)
+  tree = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+    rules.check_finite(path, leaf)
+    if path not in plan:
+      tree[path] = np.asarray(leaf, np.float32)
+      continue
+    fmt, mode, contraction = plan[path]
+    gram = None if grams is None else grams.get(path)
+    codes = scale = None
+    if start != 'reference' and fmt.name == 'q4_0' and gram is not None:
+      codes, scale = _coordinated(leaf, specs[path], gram, start)
+    tree[path] = lattice.init_node(
+        leaf, fmt, mode, contraction, scale=scale, codes=codes
+    )
+    on_weight(path)
+  return traverse_util.unflatten_dict(
+      _split_nodes(tree), sep='/'
+  )
+
+
+def groups(student: Mapping[str, Any], train_rules: settings.Rules):
+  """Says which leaves are trained: {leaf path: group}.
+
+  Raises:
+    UserError: a rule matches nothing, nothing is trained, or a rule trains
+      codes, which have no gradient.
+  """
+  flat = traverse_util.flatten_dict(student, sep='/')
+  chosen = {p: g for p, g in rules.resolve(train_rules, flat).items() if g}
+  for path in chosen:
+    if path.endswith('/codes'):
+      raise errors.UserError(
+          f'config.train.rules trains {path}: codes have no gradient. Train '
+          "their scales, or give the weight the mode 'learned' or 'derived'."
+      )
+  if not chosen:
+    raise errors.UserError('config.train.rules trains nothing.')
+  return chosen
+
+
+def split(student: Mapping[str, Any], trained: Flat):
+  """Parts the tree into (trained, frozen) flat dicts by path."""
+  flat = traverse_util.flatten_dict(student, sep='/')
+  return (
+      {p: x for p, x in flat.items() if p in trained},
+      {p: x for p, x in flat.items() if p not in trained},
+  )
+
+
+def join(trained: Flat, frozen: Flat) -> dict:
+  """Undoes `split`."""
+  return traverse_util.unflatten_dict({**frozen, **trained}, sep='/')
+
+
+def settle(frozen: Flat, plan):
+  """Dequantizes once and for all what no step will change.
+
+  A node without a trained part would be dequantized anew in every step; the
+  embedding alone is 170 to 1,400 million weights.
+
+  Args:
+    frozen: the frozen leaves by path.
+    plan: from `make_plan`.
+
+  Returns:
+    (frozen leaves, plan) in which such nodes are plain arrays of mode 'fixed'.
+  """
+  frozen, plan = dict(frozen), dict(plan)
+  for path, (fmt, mode, contraction) in list(plan.items()):
+    node = [p for p in (path + '/codes', path + '/scale') if p in frozen]
+    if mode == 'codes' and len(node) == 2:
+      codes, scale = (frozen.pop(p) for p in node)
+      frozen[path] = fmt.dequantize(formats.Quantized(codes, scale))
+      plan[path] = (fmt, 'fixed', contraction)
+  return frozen, plan
+
+
+def shardings(mesh, config: model_config.ModelConfig, flat: Flat) -> dict:
+  """Derives where each leaf lies from its weight's declared axes.
+
+  Raises:
+    UserError: the mesh would cut a block or an axis unevenly.
+  """
+  specs = weights.tree_specs(config)
+  placed = {}
+  for path, leaf in flat.items():
+    weight = path if path in specs else path.rpartition('/')[0]
+    axes = specs[weight].axes
+    # Per-channel scales keep contracted axes as ones: nothing to cut there.
+    axes = tuple(
+        a if size > 1 else 'norm' for a, size in zip(axes, leaf.shape)
+    )
+    is_block = path.endswith(('/codes', '/master'))
+    sharding.check(mesh, path, leaf.shape, axes, block=32 if is_block else 1)
+    placed[path] = sharding.named(mesh, axes)
+  return placed
+
+
+def _coordinated(weight, spec, gram, start):
+  """Codes and scales from activation statistics, layer by layer."""
+  stacked = weight.ndim > len(spec.shape) - (spec.axes[0] == 'layers')
+  del stacked
+  lead = weight.shape[: 1 if spec.axes[0] == 'layers' else 0]
+  rows = np.asarray(weight, np.float32).reshape(*lead, -1, spec.row_length)
+  each = [(rows, gram)] if not lead else list(zip(rows, gram))
+  found = []
+  for w, g in each:
+    if start == 'search':
+      found.append(search.search_q4_0(w, np.diagonal(g)))
+    else:
+      found.append(search.gptq_q4_0(w, g))
+  codes = np.stack([np.asarray(q.codes) for q in found])
+  scale = np.stack([np.asarray(q.scale) for q in found])
+  blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
+  return codes.reshape(weight.shape), scale.reshape(blocks)
+
+
+def _split_nodes(tree: Flat) -> dict:
+  """Gives the parts of each node their own paths."""
+  flat = {}
+  for path, leaf in tree.items():
+    if isinstance(leaf, Mapping):
+      flat |= {f'{path}/{name}': part for name, part in leaf.items()}
+    else:
+      flat[path] = leaf
+  return flat
