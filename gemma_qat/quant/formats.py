@@ -78,7 +78,7 @@ class Format:
     if self.block is None:
       axes = tuple(range(weight.ndim - contraction, weight.ndim))
       return Quantized(*self.rule(weight, axes))
-    codes, scale = self.rule(self._blocks(weight))
+    codes, scale = self.rule(self.blocks(weight))
     return Quantized(codes.reshape(weight.shape), scale)
 
   def dequantize(self, quantized: Quantized) -> jax.Array:
@@ -90,7 +90,7 @@ class Format:
     scale = self.stored_scale(quantized.scale)
     if self.block is None:
       return scale * self._levels(quantized.codes)
-    levels = self._levels(self._blocks(quantized.codes))
+    levels = self._levels(self.blocks(quantized.codes))
     return (scale[..., None] * levels).reshape(quantized.codes.shape)
 
   def fake_quantize(self, weight: jax.Array, contraction: int = 1) -> jax.Array:
@@ -131,6 +131,20 @@ class Format:
   def stored_scale(self, scale: jax.Array) -> jax.Array:
     """Returns the scale as files store it: through float16 in blocks."""
     return scale if self.block is None else rounding.round_to_float16(scale)
+
+  def blocks(self, x: jax.Array) -> jax.Array:
+    """Cuts the last axis: [..., last] to [..., last / block, block].
+
+    Raises:
+      UserError: the last axis is not a multiple of the block.
+    """
+    if x.shape[-1] % self.block:
+      raise errors.UserError(
+          f'{self.name} needs a last axis that is a multiple of {self.block}, '
+          f'but the weight has shape {tuple(x.shape)}: choose another format '
+          'for it.'
+      )
+    return x.reshape(*x.shape[:-1], -1, self.block)
 
   def pack(self, quantized: Quantized) -> np.ndarray:
     """Lays out GGUF blocks, a float16 scale and then the codes.
@@ -178,15 +192,6 @@ class Format:
     if self.decode is not None:
       return self.decode(codes)
     return codes.astype(jnp.float32) - self.zero
-
-  def _blocks(self, x):
-    if x.shape[-1] % self.block:
-      raise errors.UserError(
-          f'{self.name} needs a last axis that is a multiple of {self.block}, '
-          f'but the weight has shape {tuple(x.shape)}: choose another format '
-          'for it.'
-      )
-    return x.reshape(*x.shape[:-1], -1, self.block)
 
   def _check_uniform(self):
     if self.decode is not None:
