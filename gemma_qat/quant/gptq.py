@@ -1,0 +1,123 @@
+"""Which codes lose least of a layer's output, rounding errors traded off?"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from gemma_qat import errors
+from gemma_qat.quant import formats
+from gemma_qat.quant import rules
+from gemma_qat.quant import search
+
+_Q4_0 = formats.FORMATS['q4_0']
+
+
+def gptq_q4_0(
+    weight: jax.Array, hessian: np.ndarray, damping: float = 0.01
+) -> formats.Quantized:
+  """Rounds column after column; later columns make up for earlier errors.
+
+  Columns go in their natural order, as Q4_0's blocks need. A block's scales
+  are searched (`search.search_block`) on the weights as compensated so far,
+  with the Hessian's diagonal as importance. Source: Frantar et al., GPTQ.
+
+  Args:
+    weight: float32 [R, C], C a multiple of 32.
+    hessian: [C, C], sum or mean of x x^T over the layer's inputs x.
+    damping: share of the mean diagonal that is added to the diagonal.
+
+  Returns:
+    Codes [R, C] and float16-valued scales [R, C / 32].
+
+  Raises:
+    UserError: C is not a multiple of 32, or the Hessian is not finite, not
+      C x C, or not positive semidefinite.
+  """
+  columns = weight.shape[1]
+  if columns % _Q4_0.block or hessian.shape != (columns, columns):
+    raise errors.UserError(
+        f'A weight of shape {tuple(weight.shape)} needs rows that are a '
+        f'multiple of {_Q4_0.block} and a Hessian of {columns} x {columns}, '
+        f'not of shape {tuple(hessian.shape)}.'
+    )
+  rules.check_finite('The Hessian', hessian)
+  factor = _inverse_factor(np.asarray(hessian, np.float64), damping)
+  importance = np.diag(hessian).astype(np.float32)
+  codes, scale = _round(
+      jnp.asarray(weight, jnp.float32), jnp.asarray(importance), factor
+  )
+  return formats.Quantized(codes, scale)
+
+
+def _inverse_factor(hessian, damping):
+  """The upper U with U^T U = (H + damping)^-1, rows divided by their diagonal.
+
+  Row j then says how a unit error in column j is spread over later columns.
+  """
+  mean = np.trace(hessian) / len(hessian)
+  damped = hessian + np.eye(len(hessian)) * (damping * mean if mean else 1.0)
+  # H = L^T L with lower L, found by flipping, gives U = L^-T without forming
+  # the inverse: one factorisation less and none of its rounding.
+  try:
+    flipped = scipy.linalg.cholesky(
+        damped[::-1, ::-1], lower=False, check_finite=False
+    )
+  except scipy.linalg.LinAlgError as e:
+    raise errors.UserError(
+        'The Hessian is not positive semidefinite: raise the damping '
+        f'({damping}) or collect it from more text.'
+    ) from e
+  lower = np.ascontiguousarray(flipped[::-1, ::-1])
+  upper, _ = scipy.linalg.lapack.dtrtri(lower, lower=1)
+  upper = upper.T
+  return jnp.asarray(upper / np.diag(upper)[:, None], jnp.float32)
+
+
+@jax.jit
+def _round(weight, importance, factor):
+  rows, columns = weight.shape
+  width = _Q4_0.block
+  blocks = columns // width
+  position = jnp.arange(columns)
+
+  def one_block(b, carry):
+    rest, codes, scales = carry
+    start = b * width
+    block = lax.dynamic_slice(rest, (0, start), (rows, width))
+    weights = lax.dynamic_slice(importance, (start,), (width,))
+    scale = search.search_block(block, weights[None])
+    spread = lax.dynamic_slice(factor, (start, start), (width, width))
+    block_codes, error = _round_block(block, scale, spread)
+    # Everything right of the block pays for its errors at once.
+    later = lax.dynamic_slice(factor, (start, 0), (width, columns))
+    later = jnp.where(position[None] >= start + width, later, 0.0)
+    return (
+        rest - error @ later,
+        lax.dynamic_update_slice(codes, block_codes, (0, start)),
+        lax.dynamic_update_slice(scales, scale[:, None], (0, b)),
+    )
+
+  start = (
+      weight,
+      jnp.zeros((rows, columns), jnp.int8),
+      jnp.zeros((rows, blocks), jnp.float32),
+  )
+  return lax.fori_loop(0, blocks, one_block, start)[1:]
+
+
+def _round_block(block, scale, spread):
+  """Rounds 32 columns in turn; returns codes and errors [R, 32]."""
+  columns = jnp.arange(block.shape[1])
+
+  def one_column(carry, j):
+    # Columns lie in rows here, where they are contiguous.
+    column = carry[j]
+    levels = search.nearest_levels(column[:, None], scale)[:, 0]
+    lost = column - scale * levels
+    later = jnp.where(columns > j, spread[j], 0.0)
+    return carry - later[:, None] * lost[None], (levels + 8, lost)
+
+  _, (codes, lost) = lax.scan(one_column, block.T, columns)
+  return codes.T.astype(jnp.int8), lost.T
