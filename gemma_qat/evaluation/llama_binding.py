@@ -156,7 +156,6 @@ _SIGNATURES = {
     'model_free': (None, (_POINTER,)),
     'init_from_model': (_POINTER, (_POINTER, ContextParams)),
     'free': (None, (_POINTER,)),
-    'n_ctx': (ctypes.c_uint32, (_POINTER,)),
     'n_batch': (ctypes.c_uint32, (_POINTER,)),
     'n_ubatch': (ctypes.c_uint32, (_POINTER,)),
     'n_threads': (_INT, (_POINTER,)),

@@ -1,11 +1,10 @@
 """What does llama.cpp itself make of a GGUF file?
 
 The real runtime in this process (see `llama_binding`): the file is loaded as
-every user's llama.cpp loads it, and its logits go straight into the protocol.
+every user's llama.cpp loads it.
 """
 
-from collections.abc import Mapping, Sequence
-import contextlib
+from collections.abc import Sequence
 import ctypes
 import os
 import pathlib
@@ -14,7 +13,6 @@ import numpy as np
 
 from gemma_qat import errors
 from gemma_qat.evaluation import llama_binding
-from gemma_qat.evaluation import protocol
 
 # llama.cpp's own default: more tokens go through the layers in several passes.
 _MAX_UBATCH = 512
@@ -60,7 +58,8 @@ class LlamaCpp:
     )
     if not self._model:
       raise errors.UserError(
-          f'llama.cpp cannot load {self.path}: {self._library.last_words()}'
+          f'llama.cpp cannot load {self.path}; download or export it again. '
+          f'It says: {self._library.last_words()}'
       )
     self._vocab = self._library.model_get_vocab(self._model)
     self.vocab_size = self._library.vocab_n_tokens(self._vocab)
@@ -88,8 +87,13 @@ class LlamaCpp:
       UserError: the text is too long for one call of llama.cpp (2 GiB).
     """
     encoded = text.encode('utf-8')
-    # A token is a byte at least, and BOS comes on top.
-    room = len(encoded) + 2
+    # A token is a byte at least; BOS, EOS and a space in front come on top.
+    room = len(encoded) + 3
+    if room >= 2**31:
+      raise errors.UserError(
+          f'A text of {len(encoded)} bytes is too long for llama.cpp: cut it '
+          'into pieces below 2 GiB.'
+      )
     tokens = np.empty(room, np.int32)
     count = self._library.tokenize(
         self._vocab,
@@ -101,7 +105,7 @@ class LlamaCpp:
         False,
     )
     if count < 0:
-      raise errors.UserError(f'{self.path}: llama.cpp cannot tokenize the text.')
+      raise RuntimeError(f'{-count} tokens in {room - 3} bytes of text.')
     return tokens[:count].copy()
 
   def text(self, tokens: Sequence[int]) -> str:
@@ -212,7 +216,7 @@ class LlamaCpp:
     if tokens.min() < 0 or tokens.max() >= self.vocab_size:
       raise errors.UserError(
           f'{self.path} has {self.vocab_size} tokens: {tokens.min()} .. '
-          f'{tokens.max()} is outside; was the text tokenized for another model?'
+          f'{tokens.max()} is outside: tokenize the text for this model.'
       )
     return tokens
 
@@ -253,62 +257,6 @@ class LlamaCpp:
       room = -used
 
 
-def evaluate(
-    paths: Mapping[str, str | os.PathLike],
-    tokens: np.ndarray,
-    context: int = 512,
-    max_chunks: int | None = None,
-    against: str | None = None,
-    on_chunk: protocol.OnChunk | None = None,
-    threads: int | None = None,
-) -> dict[str, protocol.Fidelity]:
-  """Measures GGUF files on one text, side by side.
-
-  All models are loaded at once and see chunk after chunk together, so the
-  base's probabilities never touch the disk.
-
-  Args:
-    paths: name -> GGUF file.
-    tokens: integers [T], tokenized once with BOS, for example by
-      `LlamaCpp.tokenize` of one of the files.
-    context: tokens of a chunk.
-    max_chunks: evaluate only the first ones.
-    against: the name of the base for KL and top-1.
-    on_chunk: hears of the progress.
-    threads: as in `LlamaCpp`.
-
-  Raises:
-    UserError: a file that llama.cpp refuses, vocabularies of different size, a
-      text that is too short, or a base that is not among the paths.
-  """
-  names = list(protocol.in_order(list(paths), against))
-  with contextlib.ExitStack() as stack:
-    models = {
-        name: stack.enter_context(LlamaCpp(paths[name], context, threads))
-        for name in names
-    }
-    _check_same_vocabulary(models)
-    bos_id = models[names[0]].bos_id
-    chunks = protocol.chunk_tokens(tokens, context, bos_id, max_chunks)
-    positions = protocol.scored_positions(context)
-
-    def score_chunk(chunk):
-      targets, base, scores = chunk[positions + 1], None, {}
-      for name in names:
-        # All tokens of the chunk go in, as in llama-perplexity, though the last
-        # row is dropped: ggml takes rows by four, and those left over from
-        # 511 come out of another kernel (logits up to 0.8 apart on a Q4_K_M).
-        logits = models[name].logits_view(chunk, int(positions[0]))[:-1]
-        scores[name] = protocol.token_scores(logits, targets, base)
-        if name == against:
-          # In place: llama.cpp leaves its buffer alone until the next chunk.
-          base = protocol.log_softmax(logits, out=logits)
-      return scores
-
-    results = protocol.accumulate(chunks, score_chunk, on_chunk)
-  return {name: results[name] for name in paths}
-
-
 def _check_magic(path):
   if not path.is_file():
     raise errors.UserError(f'{path} is not a file: give the path of a GGUF.')
@@ -317,16 +265,6 @@ def _check_magic(path):
   if magic != b'GGUF':
     raise errors.UserError(
         f'{path} is not a GGUF file: it begins with {magic!r}, not GGUF.'
-    )
-
-
-def _check_same_vocabulary(models):
-  sizes = {name: model.vocab_size for name, model in models.items()}
-  if len(set(sizes.values())) > 1:
-    listed = ', '.join(f'{name} {size}' for name, size in sizes.items())
-    raise errors.UserError(
-        f'The files have vocabularies of different size ({listed}): compare '
-        'files of one model.'
     )
 
 

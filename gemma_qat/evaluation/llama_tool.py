@@ -23,6 +23,8 @@ _PAIR = rf'{_NUMBER} (?:±|\+/-){_NUMBER}'
 # Of "calculating perplexity over 8 chunks, n_ctx=512, batch_size=..." and of
 # "computing over ..." in the run for the KL.
 _SIZE = r'over (\d+) chunks, n_ctx=(\d+)'
+# What the tool's complaints have in common.
+_TROUBLE = r'(?i)error|fail|unable|invalid|need at least|tokenizes to only'
 
 
 def find_tool() -> pathlib.Path | None:
@@ -41,7 +43,7 @@ def evaluate_with_tool(
     against: str | None = None,
     threads: int | None = None,
 ) -> dict[str, protocol.Fidelity]:
-  """Measures GGUF files on a text file with llama-perplexity, one after another.
+  """Measures GGUF files on a text file with llama-perplexity, one by one.
 
   The probabilities of the base go through a file in the temporary folder (set
   TMPDIR to move it): context/2 x V x 2 bytes a chunk, 134 MB for 512 tokens.
@@ -148,4 +150,6 @@ def _sizes(output):
 
 def _last_lines(output, count=6):
   lines = [line.strip() for line in output.splitlines() if line.strip()]
-  return ' | '.join(lines[-count:])
+  # Timings and a memory table follow even where there is no result.
+  telling = [line for line in lines if re.search(_TROUBLE, line)]
+  return ' | '.join((telling or lines)[-count:])
