@@ -1,0 +1,254 @@
+"""How do tokens become hidden states, whatever stands in for the weights?
+
+The network is a pure function of (variables, tokens). `intercept(path, leaf)`
+is its argument: every weight passes through it inside its layer, so that what
+the tree holds (float32 masters, codes and scales, anything) becomes the array
+that the layer multiplies with, one layer at a time.
+"""
+
+import dataclasses
+from typing import Any, Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma_qat import errors
+from gemma_qat.model import config as model_config
+from gemma_qat.model import layers
+from gemma_qat.model import weights
+
+Intercept = Callable[[str, Any], jax.Array]
+
+
+def identity(path: str, leaf: Any) -> jax.Array:
+  """Hands every weight through as it is stored."""
+  del path
+  return leaf
+
+
+# What a rematerialised layer keeps for the backward pass.
+REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'products': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'none': None,
+}
+
+
+class Transformer(nn.Module):
+  """Gemma 3 text model up to its final norm.
+
+  Attributes:
+    config: the sizes.
+    intercept: what every weight passes through; see the module docstring.
+    dtype: of the operands of matrix products (accumulated in float32).
+    residual_dtype: of the residual stream.
+    remat: a name in REMAT_POLICIES.
+    round_embedding_multiplier: round sqrt(D) to bfloat16, as the original
+      implementation does; llama.cpp does not.
+  """
+
+  config: model_config.ModelConfig
+  intercept: Intercept = identity
+  dtype: Any = jnp.bfloat16
+  residual_dtype: Any = jnp.float32
+  remat: str = 'full'
+  round_embedding_multiplier: bool = False
+
+  @nn.compact
+  def __call__(self, tokens, positions=None, cache=None):
+    """Computes the hidden states after the final norm.
+
+    Args:
+      tokens: int [B, L].
+      positions: int [B, L]; 0 .. L-1 when absent.
+      cache: from `init_cache`, for generation; None for whole sequences.
+
+    Returns:
+      [B, L, D] in `residual_dtype`; with a cache also the cache, filled.
+    """
+    c = self.config
+    if positions is None:
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    settings = _Settings(c, self.intercept, self.dtype, self.remat)
+    outer = weights.outer_specs(c)
+    table = _weight(self, settings, '', 'embedding', outer)
+    x = jnp.take(table, tokens, axis=0).astype(self.residual_dtype)
+    multiplier = jnp.float32(c.embedding_multiplier)
+    if self.round_embedding_multiplier:
+      multiplier = multiplier.astype(jnp.bfloat16)
+    x *= multiplier.astype(x.dtype)
+    new_cache = {}
+    if c.num_groups:
+      scan = nn.scan(
+          _Layers,
+          variable_axes={'params': 0},
+          split_rngs={'params': True},
+          in_axes=(nn.broadcast, 0),
+          out_axes=0,
+          length=c.num_groups,
+      )
+      x, new_cache['groups'] = scan(settings, 'groups', c.pattern, name='groups')(
+          x, positions, cache and cache['groups']
+      )
+    if c.num_tail_layers:
+      tail = _Layers(settings, 'tail', c.num_tail_layers, name='tail')
+      x, new_cache['tail'] = tail(x, positions, cache and cache.get('tail'))
+    final = _weight(self, settings, '', 'final_norm', outer)
+    x = layers.rms_norm(x, final, c.norm_epsilon)
+    return x if cache is None else (x, new_cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """What every layer needs to know of the model around it."""
+
+  config: model_config.ModelConfig
+  intercept: Intercept
+  dtype: Any
+  remat: str
+
+
+class _Layers(nn.Module):
+  """Consecutive layers, the first of them local: one step of the scan."""
+
+  settings: _Settings
+  prefix: str
+  count: int
+
+  @nn.compact
+  def __call__(self, x, positions, cache):
+    block = _Block
+    if self.settings.remat != 'none':
+      policy = remat_policy(self.settings.remat)
+      # The scan around it already keeps XLA from merging the two forward
+      # passes; in the tail the barrier has to.
+      block = nn.remat(
+          _Block, policy=policy, prevent_cse=self.prefix == 'tail'
+      )
+    new_cache = {}
+    for i in range(self.count):
+      name = f'layer_{i}'
+      x, new_cache[name] = block(
+          self.settings, f'{self.prefix}/{name}/', i, name=name
+      )(x, positions, cache and cache[name])
+    return x, new_cache
+
+
+class _Block(nn.Module):
+  """One layer: attention, then the gated MLP, four norms."""
+
+  settings: _Settings
+  prefix: str
+  index: int
+
+  @nn.compact
+  def __call__(self, x, positions, cache):
+    c, dtype = self.settings.config, self.settings.dtype
+    specs = weights.layer_specs(c)
+    w = {n: _weight(self, self.settings, self.prefix, n, specs) for n in specs}
+    product = lambda y, name: layers.contract(
+        y, w[name], specs[name].contraction, dtype
+    )
+    norm = lambda y, name: layers.rms_norm(y, w[name], c.norm_epsilon)
+
+    y = norm(x, 'attn_pre_norm')
+    q = norm(product(y, 'attn_q'), 'attn_q_norm')
+    k = norm(product(y, 'attn_k'), 'attn_k_norm')
+    v = product(y, 'attn_v')
+    is_global = c.is_global(self.index)
+    base = c.rope_base_global if is_global else c.rope_base_local
+    scaling = c.rope_scaling if is_global else 1.0
+    window = None if is_global else c.sliding_window
+    q = layers.rope(q, positions, base, scaling) * c.query_scale
+    k = layers.rope(k, positions, base, scaling)
+    if cache is None:
+      y = layers.attention(q, k, v, window, dtype)
+    else:
+      cache, mask = _extend(cache, k, v, positions, window)
+      y = layers.cached_attention(q, cache['k'], cache['v'], mask, dtype)
+    y = product(y, 'attn_o').astype(x.dtype)
+    x += norm(y, 'attn_post_norm')
+
+    y = norm(x, 'mlp_pre_norm')
+    y = layers.gelu(product(y, 'mlp_gate')) * product(y, 'mlp_up')
+    y = product(y, 'mlp_down').astype(x.dtype)
+    x += norm(y, 'mlp_post_norm')
+    return x, cache
+
+
+def unembed(hidden, embedding, dtype=jnp.float32):
+  """Multiplies hidden states with the tied head.
+
+  Args:
+    hidden: [..., D].
+    embedding: [V, D], as intercepted.
+    dtype: of the operands.
+
+  Returns:
+    float32 logits [..., V]. For losses over many positions use
+    `losses.linear_kl`, which never holds them all.
+  """
+  return layers.contract(hidden, embedding, 1, dtype)
+
+
+def init_cache(config: model_config.ModelConfig, batch: int, length: int):
+  """Makes an empty key/value cache for `length` positions of each sequence."""
+  c = config
+  def empty(*lead):
+    shape = (*lead, batch, length, c.num_kv_heads, c.head_dim)
+    return {'k': jnp.zeros(shape), 'v': jnp.zeros(shape)}
+  cache = {}
+  if c.num_groups:
+    cache['groups'] = {
+        f'layer_{i}': empty(c.num_groups) for i in range(c.pattern)
+    }
+  if c.num_tail_layers:
+    cache['tail'] = {f'layer_{i}': empty() for i in range(c.num_tail_layers)}
+  return cache
+
+
+def remat_policy(name: str):
+  """Returns the policy of that name, or a UserError that lists them."""
+  if name not in REMAT_POLICIES:
+    raise errors.UserError(
+        f'Unknown remat policy {name!r}: choose one of '
+        f'{", ".join(REMAT_POLICIES)}.'
+    )
+  return REMAT_POLICIES[name]
+
+
+def _weight(module, settings, prefix, name, specs) -> jax.Array:
+  """Declares a weight and returns it intercepted.
+
+  Reads the variable itself instead of calling `Module.param` on it, since that
+  insists on a single array of the declared shape, and what stands in for a
+  weight may be codes and scales.
+  """
+  spec = specs[name]
+  if module.is_initializing():
+    return module.param(name, _initializer(spec), spec.shape)
+  leaf = module.get_variable('params', name)
+  if leaf is None:
+    raise errors.UserError(f'The weight {prefix}{name} is missing.')
+  return settings.intercept(prefix + name, leaf)
+
+
+def _initializer(spec: weights.WeightSpec):
+  if not spec.contraction:
+    return nn.initializers.zeros_init()
+  return nn.initializers.normal(spec.row_length**-0.5)
+
+
+def _extend(cache, k, v, positions, window):
+  """Writes new keys and values at their positions; says what is visible."""
+  # Every sequence of a batch stands at the same position: one slice update.
+  start = (0, positions[0, 0], 0, 0)
+  cache = {
+      'k': jax.lax.dynamic_update_slice(cache['k'], k, start),
+      'v': jax.lax.dynamic_update_slice(cache['v'], v, start),
+  }
+  keys = jnp.broadcast_to(
+      jnp.arange(cache['k'].shape[1]), (k.shape[0], cache['k'].shape[1])
+  )
+  return cache, layers.visible(positions, keys, window)
