@@ -1,0 +1,54 @@
+"""Which roundings have to come out as in C, whatever XLA rewrites?"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+_SMALLEST_NORMAL = 2.0**-14
+_SUBNORMAL_STEP = 2.0**-24
+_OVERFLOW = 2.0**16
+
+
+@jax.custom_vjp
+def round_to_float16(x: jax.Array) -> jax.Array:
+  """Rounds float32 to the nearest float16 value, ties to even, kept float32.
+
+  The gradient passes straight through. Not written as two casts: XLA may drop
+  a pair of casts (xla_allow_excess_precision) and reduce_precision flushes
+  float16 subnormals, which small blocks of real weights do have as scales.
+
+  Args:
+    x: float32, any shape.
+
+  Returns:
+    float32 of the same shape, bit-equal to numpy's cast to float16 and back.
+  """
+  bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+  odd = (bits >> 13) & 1
+  normal = lax.bitcast_convert_type(
+      (bits + 0xFFF + odd) & ~0x1FFF, jnp.float32
+  )
+  normal = jnp.where(normal >= _OVERFLOW, jnp.inf, normal)
+  subnormal = jnp.round(jnp.abs(x) / _SUBNORMAL_STEP) * _SUBNORMAL_STEP
+  y = jnp.where(jnp.abs(x) < _SMALLEST_NORMAL, subnormal, normal)
+  return jnp.where(jnp.isnan(x), x, jnp.copysign(y, x))
+
+
+def divide(x: jax.Array, divisor: float) -> jax.Array:
+  """Divides x >= 0 by a constant with one rounding, as IEEE and C do.
+
+  XLA turns division by a constant into multiplication by its rounded inverse
+  (4.5 % of x / 127 differ then); it leaves a divisor alone that hangs on data.
+  """
+  return x / jnp.where(x > 0, divisor, 1.0)
+
+
+def _forward(x):
+  return round_to_float16(x), None
+
+
+def _backward(_, gradient):
+  return (gradient,)
+
+
+round_to_float16.defvjp(_forward, _backward)
