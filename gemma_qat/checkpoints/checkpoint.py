@@ -11,6 +11,7 @@ import numpy as np
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.quant import formats
+from gemma_qat.quant import rules
 
 
 class Stored(NamedTuple):
@@ -90,8 +91,16 @@ class Checkpoint:
 
 
 def dequantized(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-  """Reads every weight: by-layer name -> float32, codes times scales."""
-  return {name: to_float32(w) for name, w in checkpoint.weights.items()}
+  """Reads every weight: by-layer name -> float32, codes times scales.
+
+  Raises:
+    UserError: a weight holds NaN or infinity (names it and the source).
+  """
+  weights = {}
+  for name, weight in checkpoint.weights.items():
+    weights[name] = to_float32(weight)
+    rules.check_finite(f'{checkpoint.source}: {name}', weights[name])
+  return weights
 
 
 def to_float32(weight: 'np.ndarray | Stored') -> np.ndarray:

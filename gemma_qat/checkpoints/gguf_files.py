@@ -39,9 +39,9 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   header = gguf_header.read(path)
   source = os.fspath(path)
   embedding = header.tensors.get('token_embd.weight')
-  rows = embedding.shape[0] if embedding else gguf_metadata.GEMMA_VOCABULARY
+  rows = embedding.shape[0] if embedding else names.VOCABULARY
   config = gguf_metadata.read_config(
-      header.metadata, source, min(rows, gguf_metadata.GEMMA_VOCABULARY)
+      header.metadata, source, min(rows, names.VOCABULARY)
   )
   tokenizer = gguf_metadata.read_tokenizer(header.metadata, source)
   if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
@@ -130,8 +130,10 @@ def verify(
           f'{path}: {p.gguf_name} is not there as {p.type.name} {p.shape}: '
           'the file was changed, export it again.'
       )
-    expected = gguf_tensors.encode(p, tensors[p.name]).reshape(-1).view(np.uint8)
-    if not np.array_equal(gguf_header.read_bytes(path, tensor), expected):
+    expected = gguf_tensors.encode(p, tensors[p.name]).reshape(-1)
+    if not np.array_equal(
+        gguf_header.read_bytes(path, tensor), expected.view(np.uint8)
+    ):
       raise errors.UserError(
           f'{path}: {p.gguf_name} does not hold the bytes that were to be '
           'written: the disk or the file is damaged, export it again.'

@@ -180,6 +180,8 @@ def _tensor(cursor, name):
     cursor.fail(f'tensor {name!r} has {dimensions} axes')
   # GGUF writes the innermost axis first.
   shape = tuple(cursor.number('<Q') for _ in range(dimensions))[::-1]
+  if min(shape) < 1:
+    cursor.fail(f'tensor {name!r} has shape {shape}')
   code, offset = cursor.number('<I'), cursor.number('<Q')
   try:
     kind = gguf.GGMLQuantizationType(code)

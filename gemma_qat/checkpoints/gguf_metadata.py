@@ -4,18 +4,18 @@ Keys as llama.cpp's gemma3 loader wants them, and in the order of the files
 that its converter writes.
 """
 
+import dataclasses
 from typing import Any
 
 import gguf
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import names
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 
 ARCHITECTURE = 'gemma3'
-# Tables padded beyond Gemma's vocabulary (to 262,208) are trimmed to it.
-GEMMA_VOCABULARY = 262_144
 
 _REQUIRED = {
     'num_layers': 'block_count',
@@ -32,6 +32,7 @@ _REQUIRED = {
 # llama.cpp has no key for the query scale: it takes D / N for this many
 # layers, which only the 27B has.
 _LAYERS_OF_27B = 62
+_PATTERN_KEY, _PATTERN = 'attention.sliding_window_pattern', 6
 _BOS, _EOS, _UNK, _PAD = 2, 1, 3, 0
 
 
@@ -56,18 +57,20 @@ def read_config(
     )
   number = lambda key, default=None: _number(metadata, source, key, default)
   sizes = {field: number(key) for field, key in _REQUIRED.items()}
+  sizes['pattern'] = number(_PATTERN_KEY, _PATTERN)
   for field in sizes.keys() - {'norm_epsilon', 'rope_base_global'}:
     if not isinstance(sizes[field], int) or sizes[field] < 1:
+      key = _REQUIRED.get(field, _PATTERN_KEY)
       raise errors.UserError(
-          f'{source}: {ARCHITECTURE}.{_REQUIRED[field]} is {sizes[field]}, '
-          'expected a positive integer.'
+          f'{source}: {ARCHITECTURE}.{key} is {sizes[field]}, expected a '
+          'positive integer.'
       )
   if number('attention.value_length', sizes['head_dim']) != sizes['head_dim']:
     raise errors.UserError(
         f'{source}: attention.value_length differs from key_length, which no '
         'Gemma 3 has.'
     )
-  return named(model_config.ModelConfig(
+  config = model_config.ModelConfig(
       variant='custom',
       vocab_size=vocab_size,
       # A float32 in the file: 1e-6 comes back as 9.99999997e-07.
@@ -75,14 +78,10 @@ def read_config(
       rope_scaling=_rope_scaling(metadata, source),
       rope_base_local=number('rope.freq_base_swa', 10_000.0),
       query_scale_dim=_query_scale_dim(sizes),
-      pattern=number('attention.sliding_window_pattern', 6),
-  ))
-
-
-def named(config: model_config.ModelConfig) -> model_config.ModelConfig:
-  """Returns the config under the name of the variant with its sizes."""
-  fields = {**config.__dict__, 'variant': model_config.find_variant(config)}
-  return model_config.ModelConfig(**fields)
+  )
+  return dataclasses.replace(
+      config, variant=model_config.find_variant(config)
+  )
 
 
 def add_config(
@@ -95,11 +94,11 @@ def add_config(
       than the model has.
   """
   expected = _query_scale_dim(config.__dict__)
-  if config.query_scale_dim != expected or config.pattern != 6:
+  if config.query_scale_dim != expected or config.pattern != _PATTERN:
     raise errors.UserError(
         f'A GGUF cannot say query_scale_dim {config.query_scale_dim:g} and '
-        f'pattern {config.pattern}: llama.cpp takes {expected:g} and 6 for '
-        'these sizes. Export another layout.'
+        f'pattern {config.pattern}: llama.cpp takes {expected:g} and '
+        f'{_PATTERN} for these sizes. Export another layout.'
     )
   writer.add_context_length(config.context_length)
   writer.add_embedding_length(config.embed_dim)
@@ -141,7 +140,7 @@ def read_tokenizer(
         'types: Gemma\'s is SentencePiece ("llama"), convert the model again '
         'with its tokenizer.model.'
     )
-  pieces, scores, types = (a[:GEMMA_VOCABULARY] for a in arrays)
+  pieces, scores, types = (a[: names.VOCABULARY] for a in arrays)
   get = lambda key, default: int(metadata.get(f'tokenizer.ggml.{key}', default))
   return tokenizers.from_pieces(
       pieces, scores, types,

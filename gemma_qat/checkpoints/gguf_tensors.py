@@ -15,6 +15,7 @@ from gemma_qat.checkpoints import names
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
+from gemma_qat.quant import rules
 
 # What `gguf.quants` dequantizes, of the types that occur in Gemma files.
 READABLE = (
@@ -188,9 +189,6 @@ def _type_name(name, spec, format_name, float_name):
 
 
 def _check_finite(planned, values):
-  if not np.isfinite(values).all():
-    raise errors.UserError(
-        f'{planned.name} ({planned.gguf_name}) holds NaN, infinity or values '
-        f'beyond {planned.type.name}: the training diverged, take an earlier '
-        'checkpoint or another float type.'
-    )
+  rules.check_finite(
+      f'{planned.name} ({planned.gguf_name}) as {planned.type.name}', values
+  )

@@ -20,6 +20,7 @@ from gemma_qat.checkpoints import names
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
+from gemma_qat.quant import rules
 
 _WHOLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # As safetensors calls them -> bytes a weight.
@@ -27,7 +28,6 @@ _READABLE = {'F32': 4, 'F16': 2, 'BF16': 2}
 _WRITABLE = {
     'float32': ('F32', np.float32), 'bfloat16': ('BF16', ml_dtypes.bfloat16)
 }
-_GEMMA_VOCABULARY = 262_144
 
 
 def is_folder(path: str | os.PathLike) -> bool:
@@ -48,9 +48,9 @@ def load(folder: str | os.PathLike) -> checkpoints.Checkpoint:
   settings = huggingface_tokenizer.read_json(folder / 'config.json')
   found = _find_tensors(folder)
   prefix = _prefix(folder, found)
-  rows = found[f'{prefix}embed_tokens.weight'][1][0]
+  rows, *_ = found[f'{prefix}embed_tokens.weight'][1] or (0,)
   config = huggingface_config.read(
-      settings, str(folder / 'config.json'), min(rows, _GEMMA_VOCABULARY)
+      settings, str(folder / 'config.json'), min(rows, names.VOCABULARY)
   )
   ignored = sorted(
       n for n in found
@@ -104,7 +104,7 @@ def save(
     dtype: 'float32' or 'bfloat16'.
 
   Raises:
-    UserError: wrong weights or dtype, or the disk refuses.
+    UserError: wrong weights or dtype, NaN in one, or the disk refuses.
   """
   if dtype not in _WRITABLE:
     raise errors.UserError(
@@ -208,8 +208,9 @@ def _tokenizer(folder, config):
         chat_template=tokenizer.chat_template,
     )
   raise errors.UserError(
-      f'{folder} has {tokenizer.vocab_size:,} tokens, but {config.vocab_size:,} '
-      'rows in its embedding: tokenizer and weights do not belong together.'
+      f'{folder} has {tokenizer.vocab_size:,} tokens, but '
+      f'{config.vocab_size:,} rows in its embedding: tokenizer and weights do '
+      'not belong together.'
   )
 
 
@@ -232,4 +233,5 @@ def _write_safetensors(path, config, specs, weights, dtype):
     for name, spec in specs.items():
       values = checkpoints.to_float32(weights[name])
       names.check_shapes('export', {name: spec.shape}, {name: values.shape})
+      rules.check_finite(name, values)
       f.write(values.astype(numpy_dtype).tobytes())

@@ -5,6 +5,7 @@ transformers 5 (rope_theta ... and rope_parameters, sliding_window_pattern and
 layer_types). Written: both, because mlx-lm reads only the older ones.
 """
 
+import dataclasses
 from typing import Any
 
 from gemma_qat import errors
@@ -46,41 +47,12 @@ def read(
   Raises:
     UserError: not a Gemma 3, or a setting that the model does not compute.
   """
-  text = config.get('text_config', config)
-  kind = config.get('model_type')
-  if kind not in ('gemma3', 'gemma3_text') or not isinstance(text, dict):
+  try:
+    return _read(config, source, vocab_size)
+  except (AttributeError, TypeError, ValueError, OverflowError) as error:
     raise errors.UserError(
-        f'{source} says model_type {kind!r}: give a Gemma 3 ("gemma3" or '
-        '"gemma3_text").'
-    )
-  for key, only in _FIXED.items():
-    if text.get(key, only) not in (only, None):
-      raise errors.UserError(
-          f'{source} sets {key} to {text[key]!r}, but only {only!r} is '
-          'supported.'
-      )
-  get = lambda key: _number(text, source, key)
-  layers = int(get('num_hidden_layers'))
-  rope = _rope(text, source)
-  sizes = model_config.ModelConfig(
-      variant='custom',
-      num_layers=layers,
-      embed_dim=int(get('hidden_size')),
-      mlp_dim=int(get('intermediate_size')),
-      num_heads=int(get('num_attention_heads')),
-      num_kv_heads=int(get('num_key_value_heads')),
-      head_dim=int(get('head_dim')),
-      sliding_window=int(get('sliding_window')),
-      context_length=int(get('max_position_embeddings')),
-      vocab_size=vocab_size,
-      query_scale_dim=float(get('query_pre_attn_scalar')),
-      norm_epsilon=float(get('rms_norm_eps')),
-      pattern=_pattern(text, source, layers),
-      **rope,
-  )
-  return model_config.ModelConfig(
-      **{**sizes.__dict__, 'variant': model_config.find_variant(sizes)}
-  )
+        f'{source} holds a value of the wrong kind ({error}): fetch it again.'
+    ) from error
 
 
 def write(
@@ -137,6 +109,44 @@ def write(
   }
 
 
+def _read(config, source, vocab_size):
+  text = config.get('text_config', config)
+  kind = config.get('model_type')
+  if kind not in ('gemma3', 'gemma3_text') or not isinstance(text, dict):
+    raise errors.UserError(
+        f'{source} says model_type {kind!r}: give a Gemma 3 ("gemma3" or '
+        '"gemma3_text").'
+    )
+  for key, only in _FIXED.items():
+    if text.get(key, only) not in (only, None):
+      raise errors.UserError(
+          f'{source} sets {key} to {text[key]!r}, but only {only!r} is '
+          'supported.'
+      )
+  get = lambda key: _number(text, source, key)
+  layers = int(get('num_hidden_layers'))
+  rope = _rope(text, source)
+  sizes = model_config.ModelConfig(
+      variant='custom',
+      num_layers=layers,
+      embed_dim=int(get('hidden_size')),
+      mlp_dim=int(get('intermediate_size')),
+      num_heads=int(get('num_attention_heads')),
+      num_kv_heads=int(get('num_key_value_heads')),
+      head_dim=int(get('head_dim')),
+      sliding_window=int(get('sliding_window')),
+      context_length=int(get('max_position_embeddings')),
+      vocab_size=vocab_size,
+      query_scale_dim=float(get('query_pre_attn_scalar')),
+      norm_epsilon=float(get('rms_norm_eps')),
+      pattern=_pattern(text, source, layers),
+      **rope,
+  )
+  return dataclasses.replace(
+      sizes, variant=model_config.find_variant(sizes)
+  )
+
+
 def _number(text, source, key):
   value = text.get(key)
   value = _DEFAULTS.get(key) if value is None else value
@@ -156,7 +166,9 @@ def _pattern(text, source, layers):
     return int(text.get('sliding_window_pattern') or _PATTERN)
   is_full = [kind == 'full_attention' for kind in kinds]
   pattern = is_full.index(True) + 1 if True in is_full else _PATTERN
-  if is_full != [(i + 1) % pattern == 0 for i in range(layers)]:
+  # As many as there are kinds: a damaged number of layers may be billions.
+  is_nth = [(i + 1) % pattern == 0 for i in range(len(kinds))]
+  if len(kinds) != layers or is_full != is_nth:
     raise errors.UserError(
         f'{source}: layer_types is not {layers} layers of which every n-th is '
         'full attention.'

@@ -28,7 +28,13 @@ def load(folder: pathlib.Path) -> tokenizers.Tokenizer | None:
     tokenizer = tokenizers.from_proto(data, template)
   elif (folder / 'tokenizer.json').is_file():
     path = folder / 'tokenizer.json'
-    tokenizer = _from_json(read_json(path), path, template)
+    try:
+      tokenizer = _from_json(read_json(path), path, template)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise errors.UserError(
+          f'{path} is not laid out as expected ({error!r}): put the '
+          'tokenizer.model of the checkpoint beside it.'
+      ) from error
   else:
     return None
   return dataclasses.replace(

@@ -12,6 +12,11 @@ from gemma_qat.model import config as model_config
 from gemma_qat.model import weights
 
 
+# Gemma's tokens. Some files pad the embedding with rows beyond (to 262,208),
+# which are trimmed when read.
+VOCABULARY = 262_144
+
+
 class FileNames(NamedTuple):
   """The names of one weight; Hugging Face's without the model's prefix."""
 

@@ -166,6 +166,10 @@ def _abstract(step):
     raise errors.UserError(
         f'{step} is damaged, its student has no metadata: take another step.'
     ) from error
+  if tree is None:
+    raise errors.UserError(
+        f'{step} is damaged, its student has no metadata: take another step.'
+    )
   # np.empty reserves addresses, not memory.
   return jax.tree.map(lambda a: np.empty(a.shape, a.dtype), tree)
 

@@ -151,6 +151,8 @@ def test_sparse_config_of_the_published_4b_is_read():
     ({'tie_word_embeddings': False}, 'tie_word_embeddings'),
     ({'hidden_size': None}, 'hidden_size'),
     ({'hidden_size': 'many'}, 'hidden_size'),
+    ({'hidden_size': float('inf')}, 'wrong kind'),
+    ({'rope_parameters': 'linear'}, 'wrong kind'),
     ({'layer_types': ['full_attention'] * 2}, 'layer_types'),
     ({'rope_parameters': {'full_attention': {'rope_type': 'yarn'}}}, 'yarn'),
 ])
@@ -158,6 +160,19 @@ def test_configs_that_we_do_not_compute_are_refused(change, reason, tiny):
   written = huggingface_config.write(tiny.config, 'bfloat16', {}) | change
   with pytest.raises(errors.UserError, match=reason):
     huggingface_config.read(written, 'x', 512)
+
+
+def test_nan_is_refused_by_name_when_written_and_when_read(folder, tiny):
+  weights = dict(tiny.weights)
+  weights['layer_3/mlp_down'] = np.full((64, 128), np.nan, np.float32)
+  with pytest.raises(errors.UserError, match='layer_3/mlp_down'):
+    huggingface.save(folder.parent / 'x', tiny.config, weights, None)
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  tensors['model.layers.3.mlp.down_proj.weight'][5, 7] = np.inf
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(errors.UserError, match='saved: layer_3/mlp_down'):
+    checkpoints.dequantized(huggingface.load(folder))
 
 
 def test_cut_weights_are_refused_at_every_length(folder):

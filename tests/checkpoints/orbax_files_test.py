@@ -173,7 +173,7 @@ def test_damaged_steps_are_named(workdir, tmp_path):
   refuse('manifest', lambda s: write(s, '{}'))
   refuse('version 99', lambda s: write(s, json.dumps(
       manifest | {'version': 99})))
-  refuse('fits|fit', lambda s: write(s, json.dumps(
+  refuse('does not fit', lambda s: write(s, json.dumps(
       manifest | {'model': manifest['model'] | {'mlp_dim': 96}})))
   refuse('q9', lambda s: write(s, json.dumps(
       manifest | {'quant': {'embedding': ['q9', 'codes']}})))
