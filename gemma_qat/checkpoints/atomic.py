@@ -1,0 +1,85 @@
+"""How does a file or folder appear whole or not at all?"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+from gemma_qat import errors
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives a temporary name that becomes `path` if the block succeeds.
+
+  The temporary file lies in the same folder, so that the last rename is
+  atomic; it is removed when the block fails, and `path` stays as it was.
+
+  Raises:
+    UserError: the disk is full, or the folder missing or not writable.
+  """
+  path = pathlib.Path(path)
+  temporary = None
+  with _disk_errors(path):
+    try:
+      handle, name = tempfile.mkstemp(
+          prefix=f'.{path.name}.', suffix='.partial', dir=path.parent
+      )
+      temporary = pathlib.Path(name)
+      os.close(handle)
+      yield temporary
+      with open(temporary, 'rb') as f:
+        os.fsync(f.fileno())
+      # mkstemp makes files that only their owner reads.
+      temporary.chmod(0o666 & ~_umask())
+      os.replace(temporary, path)
+    finally:
+      if temporary is not None:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Gives a temporary folder that becomes `path` if the block succeeds.
+
+  Raises:
+    UserError: `path` exists already and is not an empty folder, the disk is
+      full, or the parent missing or not writable.
+  """
+  path = pathlib.Path(path)
+  temporary = None
+  with _disk_errors(path):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+      raise errors.UserError(
+          f'{path} exists already: remove it or choose another folder.'
+      )
+    try:
+      temporary = pathlib.Path(tempfile.mkdtemp(
+          prefix=f'.{path.name}.', suffix='.partial', dir=path.parent
+      ))
+      yield temporary
+      temporary.chmod(0o777 & ~_umask())
+      os.replace(temporary, path)
+    finally:
+      if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(path):
+  try:
+    yield
+  except OSError as error:
+    raise errors.UserError(
+        f'{path} could not be written ({error.strerror or error}): check '
+        'that its folder exists, is writable and has space left.'
+    ) from error
+
+
+def _umask():
+  # The only portable way to read the umask is to set it.
+  umask = os.umask(0)
+  os.umask(umask)
+  return umask

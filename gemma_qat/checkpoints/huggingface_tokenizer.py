@@ -1,0 +1,164 @@
+"""How does a tokenizer come out of, and go into, a Hugging Face folder?"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from gemma_qat import errors
+from gemma_qat.data import tokenizer as tokenizers
+from gemma_qat.data import vocabulary
+
+_SPACE = '\u2581'
+
+
+def load(folder: pathlib.Path) -> tokenizers.Tokenizer | None:
+  """Reads tokenizer.model, else tokenizer.json; None where neither is.
+
+  The end token and the chat template come from tokenizer_config.json and its
+  neighbours.
+
+  Raises:
+    UserError: a tokenizer that is not Gemma's kind, or damaged JSON.
+  """
+  settings = read_json(folder / 'tokenizer_config.json', {})
+  template = _chat_template(folder, settings)
+  if (folder / 'tokenizer.model').is_file():
+    data = (folder / 'tokenizer.model').read_bytes()
+    tokenizer = tokenizers.from_proto(data, template)
+  elif (folder / 'tokenizer.json').is_file():
+    path = folder / 'tokenizer.json'
+    try:
+      tokenizer = _from_json(read_json(path), path, template)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise errors.UserError(
+          f'{path} is not laid out as expected ({error!r}): put the '
+          'tokenizer.model of the checkpoint beside it.'
+      ) from error
+  else:
+    return None
+  return dataclasses.replace(
+      tokenizer, eos_id=_end_id(folder, settings, tokenizer)
+  )
+
+
+def save(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
+  """Writes tokenizer.model, tokenizer_config.json and the chat template.
+
+  The config lists every special token: without `added_tokens_decoder`
+  llama.cpp's converter gives 6,411 tokens of Gemma the wrong type.
+  """
+  (folder / 'tokenizer.model').write_bytes(tokenizer.to_proto())
+  special = (vocabulary.CONTROL, vocabulary.UNKNOWN)
+  added = {
+      str(i): {
+          'content': piece.replace(' ', _SPACE),
+          'special': int(kind) in special,
+          'lstrip': False,
+          'rstrip': False,
+          'normalized': False,
+          'single_word': False,
+      }
+      for i, (piece, kind) in enumerate(zip(tokenizer.pieces, tokenizer.types))
+      if int(kind) in (*special, vocabulary.USER_DEFINED)
+  }
+  settings = {
+      'tokenizer_class': 'GemmaTokenizer',
+      'add_bos_token': True,
+      'add_eos_token': False,
+      'clean_up_tokenization_spaces': False,
+      'sp_model_kwargs': None,
+      'added_tokens_decoder': added,
+  }
+  for name in ('bos', 'eos', 'pad', 'unk'):
+    settings[f'{name}_token'] = tokenizer.pieces[
+        getattr(tokenizer, f'{name}_id')
+    ]
+  if tokenizer.chat_template is not None:
+    settings['chat_template'] = tokenizer.chat_template
+    (folder / 'chat_template.jinja').write_text(
+        tokenizer.chat_template, encoding='utf-8'
+    )
+  write_json(folder / 'tokenizer_config.json', settings)
+
+
+def read_json(path: pathlib.Path, default: Any = None) -> Any:
+  """Reads a JSON object; `default`, if given, where there is no file.
+
+  Raises:
+    UserError: missing without a default, or not a JSON object.
+  """
+  if default is not None and not path.is_file():
+    return default
+  try:
+    contents = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError) as error:
+    raise errors.UserError(f'{path} cannot be read: {error}.') from error
+  if not isinstance(contents, dict):
+    raise errors.UserError(f'{path} does not hold a JSON object.')
+  return contents
+
+
+def write_json(path: pathlib.Path, contents: Any) -> None:
+  """Writes JSON as Hugging Face does: indented, UTF-8."""
+  text = json.dumps(contents, indent=2, ensure_ascii=False)
+  path.write_text(text + '\n', encoding='utf-8')
+
+
+def _chat_template(folder, settings):
+  if (folder / 'chat_template.jinja').is_file():
+    return (folder / 'chat_template.jinja').read_text(encoding='utf-8')
+  beside = read_json(folder / 'chat_template.json', {})
+  template = beside.get('chat_template', settings.get('chat_template'))
+  return template if isinstance(template, str) else None
+
+
+def _end_id(folder, settings, tokenizer):
+  """Finds the token that ends an answer."""
+  ends = read_json(folder / 'config.json', {}).get('eos_token_id')
+  if isinstance(ends, list) and tokenizer.end_of_turn_id in ends:
+    # Instruction-tuned models list both and name '<eos>' as their eos_token.
+    return tokenizer.end_of_turn_id
+  end = settings.get('eos_token')
+  end = end.get('content') if isinstance(end, dict) else end
+  if end in tokenizer.pieces:
+    return tokenizer.pieces.index(end)
+  return tokenizer.eos_id
+
+
+def _from_json(contents, path, template):
+  """Rebuilds the SentencePiece vocabulary that a tokenizer.json came from.
+
+  Gemma's ids count in merge order, so a piece's score is minus its rank; the
+  list of merges, which follows from that, is not needed.
+  """
+  model = contents.get('model', {})
+  if model.get('type') != 'BPE' or not model.get('byte_fallback'):
+    raise errors.UserError(
+        f'{path} is not a BPE tokenizer with byte fallback: put the '
+        'tokenizer.model of the checkpoint beside it.'
+    )
+  added = {t['content']: t for t in contents.get('added_tokens', [])}
+  pieces = model['vocab'] | {content: t['id'] for content, t in added.items()}
+  ordered = sorted(pieces, key=pieces.get)
+  if [pieces[p] for p in ordered] != list(range(len(ordered))):
+    raise errors.UserError(f'{path} has gaps in its ids.')
+  ids = {f'{n}_id': pieces.get(f'<{n}>') for n in ('bos', 'eos', 'pad', 'unk')}
+  if None in ids.values():
+    raise errors.UserError(f'{path} lacks <bos>, <eos>, <pad> or <unk>.')
+  types = [_type(piece, added) for piece in ordered]
+  scores, rank = [], 0
+  for kind in types:
+    scores.append(-float(rank) if kind == vocabulary.NORMAL else 0.0)
+    rank += kind == vocabulary.NORMAL
+  # Through a proto, because that is where Gemma's piece types are set right.
+  proto = vocabulary.make_proto(ordered, scores, types, ids)
+  return tokenizers.from_proto(proto, template)
+
+
+def _type(piece, added):
+  if piece in added:
+    is_special = added[piece].get('special')
+    return vocabulary.CONTROL if is_special else vocabulary.USER_DEFINED
+  is_byte = len(piece) == 6 and piece.startswith('<0x') and piece[5] == '>'
+  return vocabulary.BYTE if is_byte else vocabulary.NORMAL

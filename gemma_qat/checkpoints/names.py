@@ -1,0 +1,121 @@
+"""What is each weight called in each file layout?
+
+The one table. Another layout is another column. In GGUF and Hugging Face
+files every matrix is two-dimensional, [outputs, inputs] with heads flattened
+into either; both are plain reshapes of our arrays.
+"""
+
+from typing import NamedTuple
+
+from gemma_qat import errors
+from gemma_qat.model import config as model_config
+from gemma_qat.model import weights
+
+
+# Gemma's tokens. Some files pad the embedding with rows beyond (to 262,208),
+# which are trimmed when read.
+VOCABULARY = 262_144
+
+
+class FileNames(NamedTuple):
+  """The names of one weight; Hugging Face's without the model's prefix."""
+
+  gguf: str
+  huggingface: str
+
+
+OUTER = {
+    'embedding': FileNames('token_embd', 'embed_tokens'),
+    'final_norm': FileNames('output_norm', 'norm'),
+}
+
+# GGUF names stand behind 'blk.<i>.', Hugging Face ones behind 'layers.<i>.';
+# both are followed by '.weight'.
+LAYER = {
+    'attn_pre_norm': FileNames('attn_norm', 'input_layernorm'),
+    'attn_q': FileNames('attn_q', 'self_attn.q_proj'),
+    'attn_k': FileNames('attn_k', 'self_attn.k_proj'),
+    'attn_v': FileNames('attn_v', 'self_attn.v_proj'),
+    'attn_q_norm': FileNames('attn_q_norm', 'self_attn.q_norm'),
+    'attn_k_norm': FileNames('attn_k_norm', 'self_attn.k_norm'),
+    'attn_o': FileNames('attn_output', 'self_attn.o_proj'),
+    'attn_post_norm': FileNames(
+        'post_attention_norm', 'post_attention_layernorm'
+    ),
+    'mlp_pre_norm': FileNames('ffn_norm', 'pre_feedforward_layernorm'),
+    'mlp_gate': FileNames('ffn_gate', 'mlp.gate_proj'),
+    'mlp_up': FileNames('ffn_up', 'mlp.up_proj'),
+    'mlp_down': FileNames('ffn_down', 'mlp.down_proj'),
+    'mlp_post_norm': FileNames('post_ffw_norm', 'post_feedforward_layernorm'),
+}
+
+# Where the text model's weights live: text-only checkpoints; checkpoints with
+# vision as first published; the same as transformers >= 4.52 writes them.
+HUGGINGFACE_PREFIXES = (
+    'model.', 'language_model.model.', 'model.language_model.'
+)
+# What stands beside the text model in checkpoints with vision.
+HUGGINGFACE_VISION = (
+    'vision_tower.', 'multi_modal_projector.',
+    'model.vision_tower.', 'model.multi_modal_projector.',
+)
+
+
+def gguf(config: model_config.ModelConfig) -> dict[str, str]:
+  """Maps by-layer names to GGUF names, in file order."""
+  return {
+      name: (f'{n.gguf}.weight' if layer is None
+             else f'blk.{layer}.{n.gguf}.weight')
+      for name, layer, n in _rows(config)
+  }
+
+
+def huggingface(
+    config: model_config.ModelConfig, prefix: str = 'model.'
+) -> dict[str, str]:
+  """Maps by-layer names to Hugging Face names, in file order."""
+  return {
+      name: prefix + (f'{n.huggingface}.weight' if layer is None
+                      else f'layers.{layer}.{n.huggingface}.weight')
+      for name, layer, n in _rows(config)
+  }
+
+
+def file_shape(spec: weights.WeightSpec) -> tuple[int, ...]:
+  """Returns a weight's shape in a file: [rows, row length], or [D]."""
+  if is_norm(spec):
+    return spec.shape
+  rows = spec.shape[: len(spec.shape) - spec.contraction]
+  total = 1
+  for size in rows:
+    total *= size
+  return (total, spec.row_length)
+
+
+def is_norm(spec: weights.WeightSpec) -> bool:
+  """Whether a weight is a vector of gains: GGUF stores those as 1 + w."""
+  return spec.contraction == 0
+
+
+def check_shapes(
+    source: str,
+    expected: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[int, ...]],
+) -> None:
+  """Raises a UserError that names the file and the first misfits."""
+  specs = lambda shapes: {
+      n: weights.WeightSpec(tuple(s), (), 0) for n, s in shapes.items()
+  }
+  try:
+    weights.check(specs(expected), specs(found))
+  except errors.UserError as error:
+    raise errors.UserError(f'{source}: {error}') from error
+
+
+def _rows(config):
+  for name in weights.by_layer_specs(config):
+    if name in OUTER:
+      yield name, None, OUTER[name]
+    else:
+      layer, _, kind = name.partition('/')
+      yield name, int(layer.removeprefix('layer_')), LAYER[kind]

@@ -1,0 +1,251 @@
+"""A Hugging Face folder and our weights are the same model."""
+
+import dataclasses
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import huggingface
+from gemma_qat.checkpoints import huggingface_config
+from gemma_qat.checkpoints import names
+from gemma_qat.model import config as model_config
+from gemma_qat.model import weights as model_weights
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+  path = tmp_path / 'saved'
+  huggingface.save(
+      path, tiny.config, tiny.weights, tiny.tokenizer, 'float32'
+  )
+  return path
+
+
+def test_float32_comes_back_bit_for_bit(folder, tiny):
+  loaded = huggingface.load(folder)
+  assert loaded.config == tiny.config
+  for name, expected in tiny.weights.items():
+    np.testing.assert_array_equal(loaded.weights[name], expected)
+  assert loaded.tokenizer.digest == tiny.tokenizer.digest
+
+
+def test_bfloat16_rounds_each_weight_to_nearest(tiny, tmp_path):
+  huggingface.save(tmp_path / 'x', tiny.config, tiny.weights, None)
+  loaded = huggingface.load(tmp_path / 'x')
+  assert loaded.tokenizer is None
+  for name, weight in tiny.weights.items():
+    np.testing.assert_array_equal(
+        loaded.weights[name],
+        weight.astype(ml_dtypes.bfloat16).astype(np.float32),
+    )
+
+
+def test_quantized_weights_are_written_as_their_values(tiny, mixed, tmp_path):
+  tensors = {
+      name: checkpoints.Stored(*t) if isinstance(t, tuple) else t
+      for name, t in mixed.items()
+  }
+  huggingface.save(tmp_path / 'x', tiny.config, tensors, None, 'float32')
+  loaded = huggingface.load(tmp_path / 'x')
+  np.testing.assert_array_equal(
+      loaded.weights['layer_0/attn_q'],
+      checkpoints.to_float32(tensors['layer_0/attn_q']),
+  )
+
+
+def test_safetensors_reads_what_was_written(folder, tiny):
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  q = tensors['model.layers.2.self_attn.q_proj.weight']
+  np.testing.assert_array_equal(
+      q, tiny.weights['layer_2/attn_q'].reshape(q.shape)
+  )
+  o = tensors['model.layers.2.self_attn.o_proj.weight']
+  assert o.shape == (64, 4 * 32)
+  assert set(tensors) == set(names.huggingface(tiny.config).values())
+
+
+@pytest.mark.parametrize(
+    'prefix', ['language_model.model.', 'model.language_model.']
+)
+def test_vision_checkpoints_give_their_text_model(tiny, tmp_path, prefix):
+  """Padded vocabulary, two shards, a vision tower and a repeated head."""
+  specs = model_weights.by_layer_specs(tiny.config)
+  tensors = {
+      file_name: tiny.weights[name].reshape(names.file_shape(specs[name]))
+      for name, file_name in names.huggingface(tiny.config, prefix).items()
+  }
+  tensors['lm_head.weight'] = tensors[f'{prefix}embed_tokens.weight']
+  vision = 'vision_tower.vision_model.post_layernorm.weight'
+  if prefix.startswith('model'):
+    vision = f'model.{vision}'
+  tensors[vision] = np.zeros(3, np.float32)
+  _save_shards(tmp_path, tensors)
+  text = huggingface_config.write(tiny.config, 'float32', {})
+  (tmp_path / 'config.json').write_text(
+      json.dumps({'model_type': 'gemma3', 'text_config': text})
+  )
+  loaded = huggingface.load(tmp_path)
+  assert loaded.metadata['ignored_tensors'] == sorted(
+      ['lm_head.weight', vision]
+  )
+  for name, expected in tiny.weights.items():
+    np.testing.assert_array_equal(loaded.weights[name], expected)
+
+
+def test_padded_vocabulary_is_trimmed(tiny, tmp_path):
+  config = dataclasses.replace(tiny.config, embed_dim=32, vocab_size=262_208)
+  specs = model_weights.by_layer_specs(config)
+  zeros = lambda name: np.zeros(specs[name].shape, np.float32)
+  weights = {name: zeros(name) for name in specs}
+  weights['embedding'][:, 0] = np.arange(262_208)
+  huggingface.save(tmp_path / 'x', config, weights, None, 'float32')
+  loaded = huggingface.load(tmp_path / 'x')
+  assert loaded.config.vocab_size == 262_144
+  np.testing.assert_array_equal(
+      loaded.weights['embedding'][:, 0], np.arange(262_144)
+  )
+
+
+@pytest.mark.parametrize('variant', list(model_config.VARIANTS))
+def test_written_config_is_read_back(variant):
+  config = model_config.variant(variant)
+  written = json.loads(
+      json.dumps(huggingface_config.write(config, 'bfloat16', {}))
+  )
+  assert huggingface_config.read(written, 'x', config.vocab_size) == config
+
+
+@pytest.mark.parametrize('dropped', [
+    ['rope_parameters', 'layer_types'],
+    ['rope_theta', 'rope_local_base_freq', 'rope_scaling',
+     'sliding_window_pattern'],
+])
+def test_older_and_newer_keys_each_suffice(dropped):
+  config = model_config.variant('27b')
+  written = huggingface_config.write(config, 'bfloat16', {})
+  for key in dropped:
+    del written[key]
+  assert huggingface_config.read(written, 'x', config.vocab_size) == config
+
+
+def test_sparse_config_of_the_published_4b_is_read():
+  text = {
+      'hidden_size': 2560, 'intermediate_size': 10_240,
+      'model_type': 'gemma3_text', 'num_hidden_layers': 34,
+      'rope_scaling': {'factor': 8.0, 'rope_type': 'linear'},
+      'sliding_window': 1024,
+  }
+  config = {'model_type': 'gemma3', 'text_config': text}
+  read = huggingface_config.read(config, 'x', 262_144)
+  assert read == model_config.variant('4b')
+
+
+@pytest.mark.parametrize('change, reason', [
+    ({'model_type': 'gemma2'}, 'gemma2'),
+    ({'final_logit_softcapping': 30.0}, 'final_logit_softcapping'),
+    ({'tie_word_embeddings': False}, 'tie_word_embeddings'),
+    ({'hidden_size': None}, 'hidden_size'),
+    ({'hidden_size': 'many'}, 'hidden_size'),
+    ({'hidden_size': float('inf')}, 'wrong kind'),
+    ({'rope_parameters': 'linear'}, 'wrong kind'),
+    ({'layer_types': ['full_attention'] * 2}, 'layer_types'),
+    ({'rope_parameters': {'full_attention': {'rope_type': 'yarn'}}}, 'yarn'),
+])
+def test_configs_that_we_do_not_compute_are_refused(change, reason, tiny):
+  written = huggingface_config.write(tiny.config, 'bfloat16', {}) | change
+  with pytest.raises(errors.UserError, match=reason):
+    huggingface_config.read(written, 'x', 512)
+
+
+def test_nan_is_refused_by_name_when_written_and_when_read(folder, tiny):
+  weights = dict(tiny.weights)
+  weights['layer_3/mlp_down'] = np.full((64, 128), np.nan, np.float32)
+  with pytest.raises(errors.UserError, match='layer_3/mlp_down'):
+    huggingface.save(folder.parent / 'x', tiny.config, weights, None)
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  tensors['model.layers.3.mlp.down_proj.weight'][5, 7] = np.inf
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(errors.UserError, match='saved: layer_3/mlp_down'):
+    checkpoints.dequantized(huggingface.load(folder))
+
+
+def test_cut_weights_are_refused_at_every_length(folder):
+  path = folder / 'model.safetensors'
+  whole = path.read_bytes()
+  for length in (0, 5, 100, 5000, len(whole) - 1):
+    path.write_bytes(whole[:length])
+    with pytest.raises(errors.UserError, match='model.safetensors'):
+      huggingface.load(folder)
+
+
+def test_folders_without_safetensors_are_refused(folder):
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
+  with pytest.raises(errors.UserError, match='neither model.safetensors'):
+    huggingface.load(folder)
+
+
+def test_missing_and_unknown_tensors_are_named(folder):
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  moved = tensors.pop('model.layers.1.mlp.up_proj.weight')
+  tensors['model.layers.1.mlp.up_proj.weight_packed'] = moved
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(
+      errors.UserError, match='up_proj.weight.*up_proj.weight_packed'
+  ):
+    huggingface.load(folder)
+
+
+def test_an_index_that_points_elsewhere_is_refused(folder):
+  index = {'weight_map': {'model.norm.weight': '../../secret.safetensors'}}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(errors.UserError, match='elsewhere'):
+    huggingface.load(folder)
+
+
+def test_damaged_json_is_refused(folder):
+  (folder / 'config.json').write_text('{"model_type": ')
+  with pytest.raises(errors.UserError, match='config.json'):
+    huggingface.load(folder)
+
+
+def test_an_existing_folder_is_never_overwritten(folder, tiny):
+  before = (folder / 'config.json').read_bytes()
+  with pytest.raises(errors.UserError, match='exists already'):
+    huggingface.save(folder, tiny.config, tiny.weights, None)
+  assert (folder / 'config.json').read_bytes() == before
+
+
+def test_a_failed_save_leaves_nothing(tiny, tmp_path):
+  weights = dict(tiny.weights)
+  weights['layer_7/mlp_up'] = np.zeros((3, 3), np.float32)
+  with pytest.raises(errors.UserError, match='layer_7/mlp_up'):
+    huggingface.save(tmp_path / 'x', tiny.config, weights, None)
+  assert not list(tmp_path.iterdir())
+
+
+def test_transformers_loads_the_folder(folder, tiny):
+  transformers = pytest.importorskip('transformers')
+  model = transformers.Gemma3ForCausalLM.from_pretrained(folder)
+  loaded = model.state_dict()['model.layers.3.mlp.down_proj.weight']
+  np.testing.assert_array_equal(
+      loaded.numpy(), tiny.weights['layer_3/mlp_down']
+  )
+
+
+def _save_shards(folder, tensors):
+  ordered = sorted(tensors)
+  weight_map = {}
+  for i, part in enumerate((ordered[::2], ordered[1::2])):
+    shard = f'model-0000{i + 1}-of-00002.safetensors'
+    safetensors.numpy.save_file({n: tensors[n] for n in part}, folder / shard)
+    weight_map |= {n: shard for n in part}
+  (folder / 'model.safetensors.index.json').write_text(
+      json.dumps({'weight_map': weight_map})
+  )

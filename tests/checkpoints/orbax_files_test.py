@@ -1,0 +1,187 @@
+"""A step that training saved with Orbax v1 becomes the same weights."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+import pytest
+
+from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import orbax_files
+from gemma_qat.model import weights as model_weights
+from gemma_qat.quant import formats
+from gemma_qat.quant import lattice
+
+MODES = {'attn_q': 'codes', 'attn_o': 'learned', 'mlp_up': 'derived'}
+
+
+@pytest.fixture(scope='module')
+def plan(tiny):
+  """Every mode once, in groups and tail; the embedding in Q8_0."""
+  specs = model_weights.tree_specs(tiny.config)
+  entries = {
+      path: lattice.Entry(
+          formats.get('q4_0'), MODES[path.split('/')[-1]], spec.contraction
+      )
+      for path, spec in specs.items() if path.split('/')[-1] in MODES
+  }
+  entries['embedding'] = lattice.Entry(formats.get('q8_0'), 'codes', 1)
+  return entries
+
+
+@pytest.fixture(scope='module')
+def student(tiny, plan):
+  tree = model_weights.stack(tiny.config, dict(tiny.weights))
+  return jax.tree_util.tree_map_with_path(
+      lambda path, w: _node(plan, '/'.join(k.key for k in path), w), tree
+  )
+
+
+@pytest.fixture(scope='module')
+def workdir(tiny, plan, student, tmp_path_factory):
+  """Saved as the training loop saves: asynchronously, the last two kept."""
+  workdir = tmp_path_factory.mktemp('run')
+  policies = ocp.training.save_decision_policies
+  keep = ocp.training.preservation_policies
+  with ocp.training.Checkpointer(
+      workdir / 'checkpoints',
+      context=orbax_files.context(),
+      save_decision_policy=policies.FixedIntervalPolicy(5),
+      preservation_policy=keep.LatestN(2),
+  ) as checkpointer:
+    for step in range(16):
+      checkpointer.save_checkpointables_async(step, {
+          'student': student,
+          'manifest': orbax_files.manifest(tiny.config, plan, step, 'test'),
+          'tokenizer': orbax_files.tokenizer_tree(tiny.tokenizer),
+          'optimizer': {'mu': jnp.zeros(3)},
+      })
+  return workdir
+
+
+def test_weights_are_those_of_the_student(tiny, plan, workdir):
+  loaded = orbax_files.load(workdir)
+  assert loaded.config == tiny.config
+  assert loaded.metadata['step'] == 15
+  assert loaded.tokenizer.digest == tiny.tokenizer.digest
+  quantized = 0
+  for name, expected in tiny.weights.items():
+    kind = name.split('/')[-1]
+    weight = loaded.weights[name]
+    if kind in MODES or kind == 'embedding':
+      number_format = formats.get('q8_0' if kind == 'embedding' else 'q4_0')
+      spec = model_weights.by_layer_specs(tiny.config)[name]
+      want = number_format.quantize(expected, spec.contraction)
+      assert weight.format == number_format.name
+      if MODES.get(kind) != 'learned':
+        np.testing.assert_array_equal(weight.quantized.codes, want.codes)
+      np.testing.assert_array_equal(weight.quantized.scale, want.scale)
+      quantized += 1
+    else:
+      np.testing.assert_array_equal(weight, expected)
+  assert quantized == 3 * tiny.config.num_layers + 1
+
+
+def test_exported_values_are_those_of_the_forward_pass(
+    tiny, plan, student, workdir
+):
+  intercept = lattice.make_intercept(plan)
+  seen = {}
+  for path in ('groups/layer_4/attn_o', 'tail/layer_1/mlp_up', 'embedding'):
+    node = student
+    for key in path.split('/'):
+      node = node[key]
+    seen[path] = np.asarray(intercept(path, node))
+  weights = orbax_files.load(workdir).weights
+  value = lambda name: checkpoints.to_float32(weights[name])
+  np.testing.assert_array_equal(
+      value('layer_4/attn_o'), seen['groups/layer_4/attn_o'][0]
+  )
+  np.testing.assert_array_equal(
+      value('layer_7/mlp_up'), seen['tail/layer_1/mlp_up']
+  )
+  np.testing.assert_array_equal(value('embedding'), seen['embedding'])
+
+
+def test_manifest_is_plain_json_on_disk(workdir):
+  files = list((workdir / 'checkpoints' / '15' / 'manifest').iterdir())
+  read = [json.loads(f.read_text()) for f in files if f.suffix == '.json']
+  assert read[0]['quant']['embedding'] == ['q8_0', 'codes']
+
+
+def test_a_student_spread_over_devices_is_read_whole(
+    tiny, plan, student, tmp_path
+):
+  devices = jax.devices()
+  if len(devices) < 2:
+    pytest.skip('needs two devices')
+  mesh = jax.make_mesh((2,), ('x',), devices=devices[:2])
+  spread = jax.sharding.NamedSharding(mesh, jax.P('x'))
+  moved = dict(student) | {
+      'final_norm': jax.device_put(student['final_norm'], spread)
+  }
+  with orbax_files.context():
+    ocp.save_checkpointables(tmp_path / '3', {
+        'student': moved,
+        'manifest': orbax_files.manifest(tiny.config, plan, 3, 'test'),
+    })
+  loaded = orbax_files.load(tmp_path)
+  np.testing.assert_array_equal(
+      loaded.weights['final_norm'], tiny.weights['final_norm']
+  )
+  assert loaded.tokenizer is None
+
+
+def test_newest_whole_step_is_found(workdir, tmp_path):
+  steps = workdir / 'checkpoints'
+  assert {p.name for p in steps.iterdir()} == {'10', '15'}
+  for path in (workdir, steps, steps / '15'):
+    assert orbax_files.find_step(path) == steps / '15'
+  assert orbax_files.find_step(steps / '10') == steps / '10'
+  copy = tmp_path / 'copy'
+  shutil.copytree(steps, copy)
+  # What a crash in the middle of a save leaves behind.
+  (copy / '15').rename(copy / '15.orbax-checkpoint-tmp')
+  (copy / '20').mkdir()
+  assert orbax_files.find_step(copy) == copy / '10'
+  assert not orbax_files.is_ours(tmp_path / 'nothing')
+  with pytest.raises(errors.UserError, match='no whole checkpoint'):
+    orbax_files.find_step(tmp_path)
+
+
+def test_damaged_steps_are_named(workdir, tmp_path):
+  source = workdir / 'checkpoints' / '15'
+
+  def refuse(reason, damage):
+    step = tmp_path / '15'
+    shutil.copytree(source, step)
+    damage(step)
+    with pytest.raises(errors.UserError, match=reason):
+      checkpoint = orbax_files.load(step)
+      checkpoints.dequantized(checkpoint)
+    shutil.rmtree(step)
+
+  manifest = json.loads((source / 'manifest' / 'data.json').read_text())
+  write = lambda step, contents: (
+      step / 'manifest' / 'data.json'
+  ).write_text(contents)
+  refuse('manifest', lambda s: write(s, '{"a": '))
+  refuse('manifest', lambda s: write(s, '{}'))
+  refuse('version 99', lambda s: write(s, json.dumps(
+      manifest | {'version': 99})))
+  refuse('does not fit', lambda s: write(s, json.dumps(
+      manifest | {'model': manifest['model'] | {'mlp_dim': 96}})))
+  refuse('q9', lambda s: write(s, json.dumps(
+      manifest | {'quant': {'embedding': ['q9', 'codes']}})))
+  refuse('student', lambda s: shutil.rmtree(s / 'student' / 'd'))
+  refuse('student', lambda s: (s / 'student' / '_METADATA').unlink())
+
+
+def _node(plan, path, weight):
+  if path not in plan:
+    return jnp.asarray(weight)
+  return lattice.init_node(jnp.asarray(weight), *plan[path])
