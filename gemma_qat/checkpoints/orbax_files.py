@@ -112,13 +112,13 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   """
   # Orbax wants absolute paths.
   step = find_step(path).resolve()
-  said = _load(step, {'manifest': None})['manifest']
+  said = load_manifest(step)
   config, plan = _read_manifest(step, said)
   tokenizer = None
   if (step / 'tokenizer').is_dir():
     stored = _load(step, {'tokenizer': None})['tokenizer']
     tokenizer = tokenizers.from_bytes(np.asarray(stored['bytes']).tobytes())
-  student = _load(step, {'student': _abstract(step)})['student']
+  student = load_tree(step, 'student')
   return checkpoints.Checkpoint(
       config=config,
       weights=_weights(step, config, plan, student),
@@ -127,6 +127,28 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
       source=str(step),
       layout='orbax',
   )
+
+
+def load_manifest(step: pathlib.Path) -> dict[str, Any]:
+  """Reads what `manifest` said, and what the loop added to it."""
+  return _load(step, {'manifest': None})['manifest']
+
+
+def load_tree(step: pathlib.Path, name: str) -> dict[str, Any]:
+  """Reads one tree of a step, as numpy arrays whatever the mesh was.
+
+  Raises:
+    UserError: it is not there or damaged.
+  """
+  try:
+    tree = ocp.metadata(step, checkpointable_name=name).metadata
+  except (ValueError, KeyError, OSError, RuntimeError) as error:
+    raise errors.UserError(
+        f'{step} is damaged, its {name} has no metadata: take another step.'
+    ) from error
+  # np.empty reserves addresses, not memory.
+  like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), tree)
+  return _load(step, {name: like})[name]
 
 
 def _newest(path):
@@ -156,22 +178,6 @@ def _load(step, abstract):
         f'{step} is damaged, {next(iter(abstract))} cannot be read ({reason}): '
         'take another step.'
     ) from error
-
-
-def _abstract(step):
-  """Shapes that tell Orbax to restore numpy arrays, whatever the mesh was."""
-  try:
-    tree = ocp.metadata(step, checkpointable_name='student').metadata
-  except (ValueError, KeyError, OSError, RuntimeError) as error:
-    raise errors.UserError(
-        f'{step} is damaged, its student has no metadata: take another step.'
-    ) from error
-  if tree is None:
-    raise errors.UserError(
-        f'{step} is damaged, its student has no metadata: take another step.'
-    )
-  # np.empty reserves addresses, not memory.
-  return jax.tree.map(lambda a: np.empty(a.shape, a.dtype), tree)
 
 
 def _read_manifest(step, said):

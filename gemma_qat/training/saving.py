@@ -91,9 +91,11 @@ class Saver:
       UserError: the step cannot be read.
     """
     folder = pathlib.Path(str(self._checkpointer.directory)) / str(step)
-    student, manifest = orbax_files.load_student(folder)
-    leaves = orbax_files.load_arrays(folder, 'optimizer')
-    return student, leaves, manifest
+    return (
+        orbax_files.load_tree(folder, 'student'),
+        orbax_files.load_tree(folder, 'optimizer'),
+        orbax_files.load_manifest(folder),
+    )
 
 
 def restore_optimizer(like: Any, leaves: Mapping[str, np.ndarray]) -> Any:

@@ -5,11 +5,9 @@ by what its mode trains (see `quant.lattice`). The plan says for each of them
 the format and the mode; rules over the leaves say who is trained.
 """
 
-import dataclasses
 from typing import Any, Callable, Mapping
 
 from flax import traverse_util
-import jax
 import numpy as np
 
 from gemma_qat import errors
@@ -17,6 +15,7 @@ from gemma_qat import sharding
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights
 from gemma_qat.quant import formats
+from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
 from gemma_qat.quant import rules
 from gemma_qat.quant import search
@@ -76,6 +75,12 @@ def init_student(
     The student's tree.
   """
   specs = weights.tree_specs(config)
+  if start != 'reference' and any(m == 'derived' for _, m, _ in plan.values()):
+    raise errors.UserError(
+        f"config.quant.start={start} finds scales, but the mode 'derived' "
+        "computes its own from the weights at every step: use the mode "
+        "'learned' or 'codes', or start='reference'."
+    )
   tree = {}
   for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
     rules.check_finite(path, leaf)
@@ -84,12 +89,11 @@ def init_student(
       continue
     fmt, mode, contraction = plan[path]
     gram = None if grams is None else grams.get(path)
-    codes = scale = None
     if start != 'reference' and fmt.name == 'q4_0' and gram is not None:
       codes, scale = _coordinated(leaf, specs[path], gram, start)
-    tree[path] = lattice.init_node(
-        leaf, fmt, mode, contraction, scale=scale, codes=codes
-    )
+      tree[path] = _node(leaf, fmt, mode, contraction, codes, scale)
+    else:
+      tree[path] = lattice.init_node(leaf, fmt, mode, contraction)
     on_weight(path)
   return traverse_util.unflatten_dict(
       _split_nodes(tree), sep='/'
@@ -174,23 +178,36 @@ def shardings(mesh, config: model_config.ModelConfig, flat: Flat) -> dict:
   return placed
 
 
+def _node(weight, fmt, mode, contraction, codes, scale):
+  """A node that starts at given codes, whatever its mode trains."""
+  if mode == 'codes':
+    return lattice.init_node(
+        weight, fmt, mode, contraction, scale=scale, codes=codes
+    )
+  # The point nearest to the original weight that rounds to these codes. 0.45
+  # of a step, not 0.5: the first updates should not all flip codes.
+  values = np.asarray(fmt.dequantize(formats.Quantized(codes, scale)))
+  reach = 0.45 * np.repeat(np.abs(scale), fmt.block, axis=-1)
+  master = values + np.clip(weight - values, -reach, reach)
+  return lattice.init_node(master, fmt, mode, contraction, scale=scale)
+
+
 def _coordinated(weight, spec, gram, start):
-  """Codes and scales from activation statistics, layer by layer."""
-  stacked = weight.ndim > len(spec.shape) - (spec.axes[0] == 'layers')
-  del stacked
-  lead = weight.shape[: 1 if spec.axes[0] == 'layers' else 0]
-  rows = np.asarray(weight, np.float32).reshape(*lead, -1, spec.row_length)
-  each = [(rows, gram)] if not lead else list(zip(rows, gram))
-  found = []
-  for w, g in each:
+  """Codes and scales from activation statistics, one layer at a time."""
+  stacked = spec.axes[0] == 'layers'
+  rows = np.asarray(weight, np.float32).reshape(
+      (weight.shape[0] if stacked else 1), -1, spec.row_length
+  )
+  codes, scale = [], []
+  for w, g in zip(rows, gram if stacked else [gram], strict=True):
     if start == 'search':
-      found.append(search.search_q4_0(w, np.diagonal(g)))
+      found = search.search_q4_0(w, np.diagonal(g))
     else:
-      found.append(search.gptq_q4_0(w, g))
-  codes = np.stack([np.asarray(q.codes) for q in found])
-  scale = np.stack([np.asarray(q.scale) for q in found])
+      found = gptq.gptq_q4_0(w, g)
+    codes.append(np.asarray(found.codes))
+    scale.append(np.asarray(found.scale))
   blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
-  return codes.reshape(weight.shape), scale.reshape(blocks)
+  return np.stack(codes).reshape(weight.shape), np.stack(scale).reshape(blocks)
 
 
 def _split_nodes(tree: Flat) -> dict:

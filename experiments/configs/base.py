@@ -1,0 +1,120 @@
+"""Question: what does every run of this project have to say about itself?
+
+The complete config: every field that the program reads stands here, with the
+values of an accelerator run of 5,000 steps. Other configs are this one and a
+few changed lines. The variant behind the colon, `:tiny`, makes any of them run
+in a minute on a CPU, with random weights.
+
+  gemma-qat run --config=experiments/configs/base.py:tiny --workdir=runs/tiny
+"""
+
+import ml_collections
+
+# (regex over tree paths, number format); the first that matches wins.
+MATRICES_Q4_0 = (
+    (r'(attn_[qkvo]|mlp_(gate|up|down))$', 'q4_0'),
+    (r'^embedding$', 'q8_0'),
+)
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  c = ml_collections.ConfigDict()
+  c.name = 'base'
+  c.seed = 0
+
+  c.model = ml_collections.ConfigDict()
+  # A GGUF file, a Hugging Face folder, an Orbax checkpoint of ours,
+  # 'gemma3-270m' (installed with pip) or 'random:VARIANT'.
+  c.model.checkpoint = 'gemma3-270m'
+
+  c.quant = ml_collections.ConfigDict()
+  c.quant.rules = MATRICES_Q4_0
+  # What a quantized weight trains: see gemma_qat/quant/lattice.py.
+  c.quant.modes = ((r'^embedding$', 'codes'), (r'.', 'learned'))
+  c.quant.start = 'gptq'
+  c.quant.calibration_tokens = 16_384
+
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = 5_000
+  c.train.batch_size = 16
+  c.train.length = 1_024
+  # (regex over leaves, group); the groups' rates stand in `optimizer`.
+  c.train.rules = (
+      (r'^embedding', None),
+      (r'/scale$', 'scales'),
+      (r'norm$', 'norms'),
+      (r'/master$', 'weights'),
+  )
+  c.train.checkpoint_every = 500
+  c.train.evaluate_every = 100
+  c.train.log_every = 10
+  c.train.keep = 3
+  c.train.heldout_batches = 4
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.learning_rate = 1e-3
+  # Group -> its rate in units of learning_rate. Rates of scales are relative:
+  # 1e-3 moves a scale by up to 0.1 % a step.
+  c.optimizer.multipliers = ml_collections.ConfigDict(
+      {'scales': 1.0, 'norms': 0.3, 'weights': 0.01}
+  )
+  c.optimizer.warmup_steps = 100
+  c.optimizer.clip = 1.0
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.95
+  c.optimizer.epsilon = 1e-8
+
+  c.compute = ml_collections.ConfigDict()
+  c.compute.dtype = 'auto'
+  c.compute.residual_dtype = 'float32'
+  c.compute.remat = 'full'
+  c.compute.attention = 'auto'
+  c.compute.round_embedding_multiplier = False
+  c.compute.kl_chunk = 1_024
+
+  c.data = ml_collections.ConfigDict()
+  # See gemma_qat/data/sources.py for what can stand here.
+  c.data.train = 'docstrings'
+  c.data.heldout_fraction = 0.05
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = -1
+  c.mesh.fsdp = 1
+  c.mesh.tensor = 1
+
+  c.evaluation = ml_collections.ConfigDict()
+  c.evaluation.text = 'topics'
+  c.evaluation.context = 512
+  c.evaluation.chunks = 40
+  # Chunks that JAX scores beside llama.cpp.
+  c.evaluation.jax_chunks = 8
+  return finish(c, variant)
+
+
+def finish(
+    c: ml_collections.ConfigDict, variant: str
+) -> ml_collections.ConfigDict:
+  """Applies the variant behind the colon and locks the config."""
+  if variant == 'tiny':
+    c.model.checkpoint = 'random:tiny'
+    c.quant.calibration_tokens = 256
+    c.train.steps = 8
+    c.train.batch_size = 8
+    c.train.length = 64
+    c.train.checkpoint_every = 4
+    c.train.evaluate_every = 4
+    c.train.log_every = 2
+    c.train.heldout_batches = 1
+    c.optimizer.warmup_steps = 2
+    c.compute.dtype = 'float32'
+    c.compute.remat = 'none'
+    c.compute.kl_chunk = 64
+    c.evaluation.context = 64
+    c.evaluation.chunks = 4
+    c.evaluation.jax_chunks = 4
+  elif variant:
+    raise ValueError(
+        f'Unknown variant {variant!r} behind the colon: leave it out, or '
+        "write ':tiny'."
+    )
+  return c.lock()

@@ -1,0 +1,107 @@
+"""Does this folder belong to this run?"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+import ml_collections
+
+from gemma_qat import errors
+
+CONFIG = 'config.json'
+REVISION = 'revision.json'
+
+
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Makes the folder, or checks that the same run began there.
+
+  Writes `config.json` (resolved) and `revision.json` (git revision of the
+  program, versions of what computes).
+
+  Raises:
+    UserError: another config began there (names what differs), or the folder
+      cannot be written.
+  """
+  path = workdir / CONFIG
+  new = json.loads(config.to_json_best_effort())
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      _compare(workdir, json.loads(path.read_text(encoding='utf-8')), new)
+      return
+    (workdir / REVISION).write_text(
+        json.dumps(_revision(), indent=2) + '\n', encoding='utf-8'
+    )
+    path.write_text(json.dumps(new, indent=2) + '\n', encoding='utf-8')
+  except (OSError, json.JSONDecodeError) as error:
+    raise errors.UserError(
+        f'--workdir={workdir} cannot be used ({error}): choose another.'
+    ) from error
+
+
+def _compare(workdir, old, new):
+  old, new = _flat(old), _flat(new)
+  different = sorted(
+      k for k in old.keys() | new.keys() if old.get(k) != new.get(k)
+  )
+  if different:
+    key = different[0]
+    more = f' and {len(different) - 1} more' if len(different) > 1 else ''
+    raise errors.UserError(
+        f'--workdir={workdir} was begun with another config ({key} was '
+        f'{old.get(key)!r}, now {new.get(key)!r}{more}): choose another '
+        'workdir, or the config that began it.'
+    )
+
+
+def _flat(tree, prefix=''):
+  if not isinstance(tree, dict):
+    return {prefix.removesuffix('.'): tree}
+  flat = {}
+  for key, value in tree.items():
+    flat |= _flat(value, f'{prefix}{key}.')
+  return flat
+
+
+def _revision():
+  versions = {
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'xllamacpp')
+  }
+  return {'git': git_revision(), 'python': platform.python_version(),
+          'device': device_name(), **versions}
+
+
+def git_revision() -> str:
+  """The program's git revision, '+' behind it when files were changed."""
+  def git(*arguments):
+    return subprocess.run(
+        ['git', *arguments], cwd=pathlib.Path(__file__).parent,
+        capture_output=True, text=True, check=True, timeout=20,
+    ).stdout.strip()
+  try:
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', 'HEAD') + ('+' if changed else '')
+  except (OSError, subprocess.SubprocessError):
+    return 'unknown'
+
+
+def device_name() -> str:
+  """What computes: '2-core CPU', 'NVIDIA H100 80GB HBM3' ..."""
+  device = jax.devices()[0]
+  if device.platform != 'cpu':
+    count = jax.device_count()
+    return device.device_kind if count == 1 else (
+        f'{count} x {device.device_kind}'
+    )
+  return f'{_cores()}-core CPU'
+
+
+def _cores():
+  return len(os.sched_getaffinity(0)) if hasattr(
+      os, 'sched_getaffinity'
+  ) else os.cpu_count()
