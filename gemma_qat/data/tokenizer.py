@@ -241,6 +241,12 @@ def _check(tokenizer: Tokenizer) -> None:
     raise errors.UserError(
         'The tokenizer holds some piece twice: the file is damaged.'
     )
+  wrong = set(tokenizer.types.tolist()) - set(range(1, 7))
+  if wrong:
+    raise errors.UserError(
+        f'The tokenizer has a piece of type {min(wrong)}, but types are 1 to '
+        '6: the file is damaged.'
+    )
   for name in _IDS:
     if not 0 <= getattr(tokenizer, name) < size:
       raise errors.UserError(

@@ -210,7 +210,11 @@ def test_bad_arrays_and_bytes_are_user_errors(tiny):
   with pytest.raises(errors.UserError, match='bos_id = 512'):
     tokenizer.from_pieces(pieces, scores, types, bos_id=512)
   with pytest.raises(errors.UserError, match='SentencePiece refuses'):
-    tokenizer.from_pieces(pieces[4:], scores[4:], types[4:])
+    is_byte = types == vocabulary.BYTE
+    unlike = np.where(is_byte, vocabulary.NORMAL, types)
+    tokenizer.from_pieces(pieces, scores, unlike)
+  with pytest.raises(errors.UserError, match='type 9'):
+    tokenizer.from_pieces(pieces, scores, [*types[:-1], 9])
   data = tiny.to_bytes()
   for damaged in (b'', b'junk', data[:-9], data[:40] + b'x' + data[41:]):
     with pytest.raises(errors.UserError, match='damaged'):
