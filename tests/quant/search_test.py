@@ -76,7 +76,7 @@ def test_codes_and_scales_are_as_a_file_holds_them():
 
 
 def test_weights_on_a_lattice_are_kept():
-  # Levels -8..7 in each block: no reference scale but d = -0.25 * -1 fits.
+  # All 16 levels in each block: only d = -0.25 gives every one of them.
   levels = np.tile(np.arange(-8, 8), 4).reshape(2, 32)
   weight = np.float32(-0.25) * levels.astype(np.float32)
   found = search.search_q4_0(weight)
