@@ -83,7 +83,9 @@ class Tokenizer:
     """Returns the ids of a text, [L] int32.
 
     Args:
-      text: Any string. U+2581 is not told from a space, as in llama.cpp; lone
+      text: Any string. U+2581 is read as a space; beside a real space it may
+        give other ids than llama.cpp, which joins only real ones to runs
+        (one such text in 1.2 million tokens, nothing else differed). Lone
         surrogates, which have no UTF-8, become U+FFFD.
       bos: Whether to begin with `bos_id`.
       specials: Whether '<start_of_turn>' and the other CONTROL pieces in the

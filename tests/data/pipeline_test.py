@@ -73,7 +73,8 @@ def test_documents_are_separated_by_bos(documents, tiny):
 
 
 def test_each_epoch_holds_all_rows_in_another_order(documents, tiny):
-  rows = [b['tokens'][0] for b in pipeline.one_epoch(documents, tiny, 1, LENGTH)]
+  batches = pipeline.one_epoch(documents, tiny, 1, LENGTH)
+  rows = [b['tokens'][0] for b in batches]
   iterator = pipeline.make_dataset(documents, tiny, 1, LENGTH, 0)
   epochs = [
       [b['tokens'][0].tobytes() for b in _take(iterator, len(rows))]

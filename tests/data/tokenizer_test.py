@@ -21,7 +21,7 @@ ODD_TEXTS = (
     '\n' * 40 + ' \n  \n   \n\t\t \t\r\n\r\n',
     'trailing spaces   \n    def f(x):\n\t\treturn  x  \n\n\n\n',
     'na\u00efve cafe\u0301 \u00a0\u3000\u200b\ufeff\u2028',
-    '\u65e5\u672c\u8a9e \u0939\u0930\u093f\u0924 \u05e2\u05d1\u05e8\u05d9\u05ea',
+    '\u65e5\u672c\u8a9e \u0939\u0930\u093f\u0924 \u05e2\u05d1\u05e8',
     '\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0010ffff \x00 \x7f \x1b[0m',
     '<b>bold</b> <table><tr> <eos> <bos> <unused7> <0x41>',
     'a' * 300,
