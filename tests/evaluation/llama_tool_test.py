@@ -6,11 +6,12 @@ llama.cpp b11549 (the columns, signs and spaces), with numbers made up.
 
 import stat
 
+import gguf
 import pytest
 
 from gemma_qat import errors
-from gemma_qat.evaluation import llama_engine
 from gemma_qat.evaluation import llama_cpp
+from gemma_qat.evaluation import llama_engine
 from gemma_qat.evaluation import llama_tool
 from gemma_qat.evaluation import protocol
 from tests.evaluation import tiny_gguf
@@ -159,7 +160,7 @@ def test_the_base_is_run_first_and_its_file_reaches_the_others(tmp_path):
 def test_the_tool_agrees_with_the_engine_in_process(tmp_path):
   text = 'The cat sat on the mat, and the dog did not: 42 times.\n' * 20
   (tmp_path / 'text.txt').write_text(text)
-  kinds = tiny_gguf.gguf.GGMLQuantizationType
+  kinds = gguf.GGMLQuantizationType
   paths = {'f32': tmp_path / 'f32.gguf', 'q4': tmp_path / 'q4.gguf'}
   tiny_gguf.write(paths['f32'], matrix_type=kinds.F32)
   tiny_gguf.write(paths['q4'], matrix_type=kinds.Q4_0)

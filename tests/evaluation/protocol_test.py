@@ -109,7 +109,7 @@ def test_rows_are_scored_independently():
   targets = np.random.default_rng(3).integers(0, 50, 21)
   together = protocol.token_scores(logits, targets, base)
   apart = protocol.concatenate([
-      protocol.token_scores(logits[i : i + 1], targets[i : i + 1], base[i][None])
+      protocol.token_scores(logits[[i]], targets[[i]], base[[i]])
       for i in range(21)
   ])
   np.testing.assert_array_equal(together.nll_nats, apart.nll_nats)

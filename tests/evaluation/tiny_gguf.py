@@ -2,8 +2,8 @@
 
 Eight layers (one whole group of five local and a global one, and a tail), every
 structural feature switched on: grouped queries, a sliding window shorter than
-the text, RoPE scaling. The sizes are those of the variant `tiny`. Random weights
-of a size that gives logits with a spread of about 2.
+the text, RoPE scaling. The sizes are those of the variant `tiny`. The random
+weights are of a size that gives logits with a spread of about 2.
 """
 
 import itertools
