@@ -66,7 +66,15 @@ def write(
     config: the sizes.
     dtype: 'float32' or 'bfloat16', what the file holds.
     ids: bos_token_id, eos_token_id, pad_token_id, where known.
+
+  Raises:
+    UserError: a query scale that the file cannot hold.
   """
+  if config.query_scale_dim % 1:
+    raise errors.UserError(
+        f'A config.json cannot say query_scale_dim {config.query_scale_dim}: '
+        'transformers wants a whole number.'
+    )
   scaling = None
   if config.rope_scaling != 1:
     scaling = {'rope_type': 'linear', 'factor': config.rope_scaling}
@@ -83,7 +91,8 @@ def write(
       'num_attention_heads': config.num_heads,
       'num_key_value_heads': config.num_kv_heads,
       'head_dim': config.head_dim,
-      'query_pre_attn_scalar': config.query_scale_dim,
+      # transformers 5 refuses a float here.
+      'query_pre_attn_scalar': int(config.query_scale_dim),
       'max_position_embeddings': config.context_length,
       'rms_norm_eps': config.norm_epsilon,
       'sliding_window': config.sliding_window,

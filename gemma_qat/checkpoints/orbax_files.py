@@ -232,11 +232,18 @@ def _weights(step, config, plan, student):
 def _read(node, entry):
   if entry is None:
     return np.asarray(node, np.float32)
-  codes, scale = lattice.quantized(node, *entry)
+  # A fixed node is compared with its own values, which jit cannot do.
+  is_fixed = entry.mode == 'fixed'
+  quantize = lattice.quantized if is_fixed else _quantized
+  codes, scale = quantize(node, *entry)
   return checkpoints.Stored(
       entry.format.name,
       formats.Quantized(np.asarray(codes), np.asarray(scale)),
   )
+
+
+# Jitted as in training: the learned 270M takes seconds instead of 28.
+_quantized = jax.jit(lattice.quantized, static_argnums=(1, 2, 3))
 
 
 def _main(node):

@@ -16,7 +16,10 @@ from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
 
-MODES = {'attn_q': 'codes', 'attn_o': 'learned', 'mlp_up': 'derived'}
+MODES = {
+    'attn_q': 'codes', 'attn_o': 'learned', 'mlp_up': 'derived',
+    'mlp_gate': 'fixed',
+}
 
 
 @pytest.fixture(scope='module')
@@ -83,7 +86,7 @@ def test_weights_are_those_of_the_student(tiny, plan, workdir):
       quantized += 1
     else:
       np.testing.assert_array_equal(weight, expected)
-  assert quantized == 3 * tiny.config.num_layers + 1
+  assert quantized == 4 * tiny.config.num_layers + 1
 
 
 def test_exported_values_are_those_of_the_forward_pass(
