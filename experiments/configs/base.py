@@ -74,7 +74,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
 
   c.data = ml_collections.ConfigDict()
   # See gemma_qat/data/sources.py for what can stand here.
-  c.data.train = 'docstrings'
+  c.data.train = 'python_docs'
   c.data.heldout_fraction = 0.05
 
   c.mesh = ml_collections.ConfigDict()
