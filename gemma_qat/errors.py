@@ -7,3 +7,7 @@ class UserError(Exception):
   The commands print it without a traceback and exit with code 2. Mistakes of
   the program itself are ordinary exceptions and keep their traceback.
   """
+
+
+class Stopped(Exception):
+  """A run that was asked to stop, saved itself and can go on."""

@@ -1,12 +1,13 @@
 """How far is the student's distribution from the teacher's, token by token?
 
 One product with the head gives 262,144 logits a token: 1 MiB in float32. The
-functions here take hidden states and heads, and hold the logits of one chunk
-of tokens at a time. They return per-token float32; the caller masks and
-reduces.
+functions here take hidden states and heads, and hold the logits of one block
+of the vocabulary at a time. They return per-token float32; the caller masks
+and reduces.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -19,47 +20,38 @@ def linear_kl(
     student_head,
     teacher_head,
     *,
-    chunk: int = 128,
+    block: int = 4096,
     dtype=jnp.bfloat16,
     train_head: bool = False,
 ):
   """Forward KL(teacher || student) over the whole vocabulary.
 
-  With a frozen head the gradient w.r.t. the hidden states is formed together
-  with the loss, out of the same logits: three products with a head in all,
-  none recomputed, and no buffer for the head's own gradient. With a trained
-  head the logits are computed again on the way back, since the head's gradient
-  needs the cotangents.
+  Goes through the vocabulary once, block by block, with running maxima and
+  sums as flash attention has them. When it is differentiated, the same pass
+  also sums the probability-weighted rows of the head, whose difference is the
+  gradient w.r.t. the hidden states: four products with a head in all, no
+  logits kept or computed again, each block of the head read once. Only a
+  trained head needs a second pass, for its own gradient.
 
   Args:
     student: [T, D] hidden states after the final norm.
     teacher: [T, D'] hidden states; get no gradient.
     student_head: [V, D].
     teacher_head: [V, D']; gets no gradient.
-    chunk: tokens whose logits exist at once: 2 MiB of float32 each.
+    block: vocabulary entries whose logits exist at once: 8 T bytes each.
     dtype: of the operands of the products; all else is float32.
     train_head: whether `student_head` gets a gradient.
 
   Returns:
     float32 [T], in nats.
   """
-  tokens = student.shape[0]
-  chunk = min(chunk, tokens)
-  padding = -tokens % chunk
-  # A padded token has equal (zero) hidden states; its row is cut off below.
-  student = jnp.pad(student, ((0, padding), (0, 0)))
-  teacher = jnp.pad(lax.stop_gradient(teacher), ((0, padding), (0, 0)))
-  teacher_head = lax.stop_gradient(teacher_head)
-  if train_head:
-    kl = _kl_trained_head(
-        student, teacher, student_head, teacher_head, chunk, dtype
-    )
-  else:
-    kl = _kl_frozen_head(
-        student, teacher, lax.stop_gradient(student_head), teacher_head, chunk,
-        dtype,
-    )
-  return kl[:tokens]
+  stop = lax.stop_gradient
+  if not train_head:
+    student_head = stop(student_head)
+  return _linear_kl(
+      student, stop(teacher), student_head, stop(teacher_head), block, dtype,
+      train_head,
+  )
 
 
 def kl_from_logits(student_logits, teacher_logits):
@@ -83,93 +75,127 @@ def masked_mean(values, mask):
   return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _kl_frozen_head(student, teacher, head, teacher_head, chunk, dtype):
-  def body(rows):
-    return _chunk_kl(*rows, head, teacher_head, dtype)[0]
-  return _map_chunks(body, (student, teacher), chunk)
+class _Sums(NamedTuple):
+  """Sums over the vocabulary so far; e = exp(logit - running maximum).
+
+  Row 0 of the first axis is the student's, row 1 the teacher's.
+
+  maximum [2, T]; mass [2, T]: of e; gap [T]: of the teacher's e times
+  (teacher's - student's logit); rows [2, T, D]: of e times the student head's
+  row, None when no gradient is wanted.
+  """
+
+  maximum: jax.Array
+  mass: jax.Array
+  gap: jax.Array
+  rows: jax.Array | None
 
 
-def _frozen_forward(student, teacher, head, teacher_head, chunk, dtype):
-  def body(rows):
-    kl, slope = _chunk_kl(*rows, head, teacher_head, dtype)
-    return kl, _product(slope(), head, dtype)
-  kl, gradient = _map_chunks(body, (student, teacher), chunk)
-  return kl, (gradient.astype(student.dtype), teacher, head, teacher_head)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _linear_kl(student, teacher, head, teacher_head, block, dtype, train_head):
+  del train_head
+  sums = _pass(student, teacher, head, teacher_head, block, dtype, False)
+  return _kl(sums)
 
 
-def _frozen_backward(chunk, dtype, saved, g):
-  del chunk, dtype
-  gradient, *frozen = saved
+def _forward(student, teacher, head, teacher_head, block, dtype, train_head):
+  sums = _pass(student, teacher, head, teacher_head, block, dtype, True)
+  mean_rows = sums.rows / sums.mass[..., None]
+  slope = (mean_rows[0] - mean_rows[1]).astype(student.dtype)
+  # A trained head needs the softmax once more on the way back.
+  log_z = sums.maximum + jnp.log(sums.mass) if train_head else None
+  return _kl(sums), (slope, log_z, student, teacher, head, teacher_head)
+
+
+def _backward(block, dtype, train_head, saved, g):
+  slope, log_z, student, teacher, head, teacher_head = saved
+  if train_head:
+    d_head = _head_gradient(
+        student, teacher, head, teacher_head, log_z, g, block, dtype
+    )
+  else:
+    d_head = jnp.zeros_like(head)
   # Token i's loss depends on hidden state i alone.
-  d_student = gradient * g[:, None].astype(gradient.dtype)
-  return d_student, *map(jnp.zeros_like, frozen)
-
-
-_kl_frozen_head.defvjp(_frozen_forward, _frozen_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _kl_trained_head(student, teacher, head, teacher_head, chunk, dtype):
-  return _kl_frozen_head(student, teacher, head, teacher_head, chunk, dtype)
-
-
-def _trained_forward(student, teacher, head, teacher_head, chunk, dtype):
-  kl = _kl_frozen_head(student, teacher, head, teacher_head, chunk, dtype)
-  return kl, (student, teacher, head, teacher_head)
-
-
-def _trained_backward(chunk, dtype, saved, g):
-  student, teacher, head, teacher_head = saved
-  split = lambda x: x.reshape(-1, chunk, *x.shape[1:])
-
-  def body(d_head, rows):
-    s, t, weight = rows
-    _, slope = _chunk_kl(s, t, head, teacher_head, dtype)
-    slope = slope() * weight[:, None]
-    d_head += _product(slope.T, s, dtype)
-    return d_head, _product(slope, head, dtype)
-
-  d_head, d_student = lax.scan(
-      body,
-      jnp.zeros(head.shape, jnp.float32),
-      (split(student), split(teacher), split(g)),
-  )
-  return (
-      d_student.reshape(student.shape).astype(student.dtype),
-      jnp.zeros_like(teacher),
-      d_head.astype(head.dtype),
-      jnp.zeros_like(teacher_head),
+  d_student = slope * g[:, None].astype(slope.dtype)
+  return d_student, jnp.zeros_like(teacher), d_head, jnp.zeros_like(
+      teacher_head
   )
 
 
-_kl_trained_head.defvjp(_trained_forward, _trained_backward)
+_linear_kl.defvjp(_forward, _backward)
 
 
-def _map_chunks(body, arrays, chunk):
-  """Applies body to slices of `chunk` leading rows, one after the other."""
-  split = lambda x: x.reshape(-1, chunk, *x.shape[1:])
-  out = lax.map(body, jax.tree.map(split, arrays))
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+def _pass(student, teacher, head, teacher_head, block, dtype, with_rows):
+  """Goes through the vocabulary once; returns the sums."""
+  student, teacher = student.astype(dtype), teacher.astype(dtype)
+  tokens = len(student)
+  sums = _Sums(
+      jnp.full((2, tokens), -jnp.inf), jnp.zeros((2, tokens)),
+      jnp.zeros((tokens,)),
+      jnp.zeros((2, tokens, head.shape[1])) if with_rows else None,
+  )
+
+  def body(sums, heads):
+    rows, teacher_rows = (h.astype(dtype) for h in heads)
+    logits = jnp.stack([
+        _dot(student, rows, 1, 1), _dot(teacher, teacher_rows, 1, 1)
+    ])
+    maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=-1))
+    shrink = jnp.exp(sums.maximum - maximum)
+    e = jnp.exp(logits - maximum[..., None])
+    new = _Sums(
+        maximum,
+        sums.mass * shrink + jnp.sum(e, axis=-1),
+        sums.gap * shrink[1] + jnp.sum(e[1] * (logits[1] - logits[0]), axis=-1),
+        None,
+    )
+    if with_rows:
+      both = _dot(e.reshape(2 * tokens, -1).astype(dtype), rows, 1, 0)
+      both = both.reshape(sums.rows.shape)
+      new = new._replace(rows=sums.rows * shrink[..., None] + both)
+    return new, None
+
+  return _over_blocks(body, sums, (head, teacher_head), block)[0]
 
 
-def _chunk_kl(student, teacher, head, teacher_head, dtype):
-  """The KL of one chunk [C], and what makes its slope w.r.t. the logits."""
-  s = _product(student, head.T, dtype)
-  t = _product(teacher, teacher_head.T, dtype)
-  s_max = jnp.max(s, axis=-1, keepdims=True)
-  t_max = jnp.max(t, axis=-1, keepdims=True)
-  s_sum = jnp.sum(jnp.exp(s - s_max), axis=-1, keepdims=True)
-  t_sum = jnp.sum(jnp.exp(t - t_max), axis=-1, keepdims=True)
-  # In log space: sum p (log p - log q), with p normalised at the end.
-  gap = jnp.sum(jnp.exp(t - t_max) * (t - s), axis=-1, keepdims=True) / t_sum
-  kl = gap - (t_max + jnp.log(t_sum)) + (s_max + jnp.log(s_sum))
-  def slope():
-    return jnp.exp(s - s_max) / s_sum - jnp.exp(t - t_max) / t_sum
-  return kl[:, 0], slope
+def _kl(sums):
+  log_z = sums.maximum + jnp.log(sums.mass)
+  return sums.gap / sums.mass[1] - log_z[1] + log_z[0]
 
 
-def _product(x, y, dtype):
-  return jnp.dot(
-      x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+def _head_gradient(
+    student, teacher, head, teacher_head, log_z, g, block, dtype
+):
+  """Sums the gradient of the student's head, in the dtype of the head."""
+  student, teacher = student.astype(dtype), teacher.astype(dtype)
+
+  def body(carry, heads):
+    rows, teacher_rows = (h.astype(dtype) for h in heads)
+    p = jnp.exp(_dot(student, rows, 1, 1) - log_z[0][:, None])
+    p -= jnp.exp(_dot(teacher, teacher_rows, 1, 1) - log_z[1][:, None])
+    p = (p * g[:, None]).astype(dtype)
+    return carry, _dot(p.T, student, 1, 0).astype(head.dtype)
+
+  return _over_blocks(body, (), (head, teacher_head), block)[1]
+
+
+def _over_blocks(body, carry, arrays, block):
+  """Scans body over blocks of leading rows; the last may be smaller."""
+  length = len(arrays[0])
+  block = min(block, length)
+  whole = length // block * block
+  cut = lambda x: x[:whole].reshape(-1, block, *x.shape[1:])
+  carry, out = lax.scan(body, carry, jax.tree.map(cut, arrays))
+  if out is not None:
+    out = out.reshape(whole, *out.shape[2:])
+  if whole < length:
+    carry, rest = body(carry, jax.tree.map(lambda x: x[whole:], arrays))
+    out = None if out is None else jnp.concatenate([out, rest])
+  return carry, out
+
+
+def _dot(x, y, axis_x, axis_y):
+  return lax.dot_general(
+      x, y, (((axis_x,), (axis_y,)), ((), ())),
+      preferred_element_type=jnp.float32,
   )

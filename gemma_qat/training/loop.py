@@ -37,10 +37,6 @@ from gemma_qat.training import student as student_lib
 from gemma_qat.training import workdir as workdir_lib
 
 
-class Stopped(Exception):
-  """The run was asked to stop and did so after saving; it can go on."""
-
-
 def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   """Runs a config from wherever its workdir stands to its last step.
 
@@ -172,7 +168,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
         progress.advance(text=text if n >= train_s.log_every else '')
         if stop.asked and n < train_s.steps:
           writer.close()
-          raise Stopped(f'Stopped after step {n}; the same command goes on.')
+          raise errors.Stopped(f'Stopped after step {n}; the same command goes on.')
     writer.close()
   return train_s.steps
 

@@ -1,0 +1,86 @@
+"""How does `--config=FILE.py:variant --config.a.b=value` become a config?"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import sys
+from typing import Sequence
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+from gemma_qat import errors
+
+HELP = (
+    'experiments/configs/NAME.py, with a variant behind a colon (:tiny); '
+    'single fields are changed with --config.FIELD=VALUE'
+)
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+  """Parses a command line that has a --config.
+
+  Args:
+    parser: of the command's other arguments.
+    argv: what stands behind the command's name.
+
+  Returns:
+    (other arguments, locked config).
+
+  Raises:
+    UserError: no config, one that cannot be read, an unknown field, or a value
+      of the wrong type.
+  """
+  parser.add_argument('--config', metavar='FILE.py[:VARIANT]', help=HELP)
+  arguments, rest = parser.parse_known_args(argv)
+  if not arguments.config:
+    raise errors.UserError(
+        'Give --config=experiments/configs/NAME.py; there are '
+        'gemma3_270m_cpu.py for a CPU and base.py for everything else.'
+    )
+  unknown = [a for a in rest if not a.startswith('--config.')]
+  if unknown:
+    raise errors.UserError(f'{unknown[0]} is not understood: see --help.')
+  return arguments, load(arguments.config, rest)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+  """Reads a config file and applies '--config.FIELD=VALUE' overrides."""
+  file = pathlib.Path(path.split(':')[0])
+  if not file.is_file():
+    raise errors.UserError(
+        f'--config={path}: {file} does not exist; the configs lie in '
+        'experiments/configs/.'
+    )
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file(
+      'config', lock_config=True, flag_values=values
+  )
+  with _importable(file), contextlib.redirect_stderr(io.StringIO()):
+    try:
+      values(['gemma-qat', f'--config={path}', *overrides])
+      return values['config'].value
+    except errors.UserError:
+      raise
+    # A config is Python: whatever it raises is a mistake in what was given.
+    except Exception as error:
+      reason = ' '.join(str(error).split()) or type(error).__name__
+      raise errors.UserError(f'--config={path}: {reason}') from error
+
+
+@contextlib.contextmanager
+def _importable(file: pathlib.Path):
+  """Lets a config import its siblings as `experiments.configs.NAME`."""
+  parts = file.resolve().parent.parts
+  root = pathlib.Path(*parts)
+  if 'experiments' in parts:
+    root = pathlib.Path(*parts[: parts.index('experiments')])
+  sys.path.insert(0, str(root))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(root))
