@@ -102,7 +102,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
         base.config, compute, transformer.identity
     )
     loss = step_lib.make_loss(
-        student_model, teacher_model, compute.kl_chunk,
+        student_model, teacher_model, compute.kl_block,
         train_head=any(p.split('/')[0] == 'embedding' for p in trained),
     )
     take_step = jax.jit(

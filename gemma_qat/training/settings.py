@@ -69,7 +69,7 @@ class ComputeSettings:
   remat: str
   attention: str
   round_embedding_multiplier: bool
-  kl_chunk: int
+  kl_block: int
 
 
 @dataclasses.dataclass(frozen=True)
