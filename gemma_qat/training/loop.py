@@ -73,7 +73,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
       batches.set_state(manifest['data'])
       _say(f'Going on at step {saver.latest}.')
     else:
-      student = _start(quant, base.config, params, plan, calibrating)
+      student = _start(quant, compute, base, params, plan, calibrating)
       optimizer_leaves = None
 
     groups = student_lib.groups(student, train_s.rules)
@@ -102,7 +102,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
         base.config, compute, transformer.identity
     )
     loss = step_lib.make_loss(
-        student_model, teacher_model, compute.kl_chunk,
+        student_model, teacher_model, compute.kl_block,
         train_head=any(p.split('/')[0] == 'embedding' for p in trained),
     )
     take_step = jax.jit(
@@ -208,19 +208,20 @@ def _text(config, train_s, base, workdir):
   )
 
 
-def _start(quant, config, params, plan, calibrating):
+def _start(quant, compute, base, params, plan, calibrating):
   """Makes the student of step 0."""
   grams = None
   if quant.start != 'reference':
     batches = [b['tokens'] for b in calibrating()]
+    model = settings.make_model(base.config, compute, transformer.identity)
     total = sum(b.size for b in batches)
     with metrics.Progress('calibrate', total) as progress:
       grams = calibration.gather_grams(
-          config, params, batches, on_batch=progress.advance
+          model, params, batches, on_batch=progress.advance
       )
   with metrics.Progress(f'start: {quant.start}', len(plan)) as progress:
     return student_lib.init_student(
-        config, params, plan, quant.start, grams,
+        base.config, params, plan, quant.start, grams,
         on_weight=lambda path: progress.advance(text=path),
     )
 

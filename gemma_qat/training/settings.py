@@ -69,7 +69,7 @@ class ComputeSettings:
   remat: str
   attention: str
   round_embedding_multiplier: bool
-  kl_chunk: int
+  kl_block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +152,7 @@ def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
   _choice('config.compute.residual_dtype', s.residual_dtype,
           ('bfloat16', 'float32'))
   if s.attention == 'auto':
-    on_cpu = jax.default_backend() == 'cpu'
-    s = dataclasses.replace(s, attention='mapped' if on_cpu else 'xla')
+    s = dataclasses.replace(s, attention=fast_attention())
   _choice('config.compute.attention', s.attention, ('mapped', 'xla', 'cudnn'))
   transformer.remat_policy(s.remat)
   return s
@@ -171,6 +170,11 @@ def make_model(config, compute_settings: ComputeSettings, intercept):
       attention=s.attention,
       round_embedding_multiplier=s.round_embedding_multiplier,
   )
+
+
+def fast_attention() -> str:
+  """Chooses the implementation of `model.layers.attention`."""
+  return 'mapped' if jax.default_backend() == 'cpu' else 'xla'
 
 
 def fast_dtype() -> str:

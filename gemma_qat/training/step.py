@@ -22,7 +22,7 @@ class State(NamedTuple):
   optimizer: Any
 
 
-def make_loss(student_model, teacher_model, kl_chunk: int, train_head: bool):
+def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
   """Builds the distance between student and teacher on one batch.
 
   The teacher is an argument like the batch: it is in no state and gets no
@@ -31,7 +31,7 @@ def make_loss(student_model, teacher_model, kl_chunk: int, train_head: bool):
   Args:
     student_model: Transformer with the fake-quant intercept.
     teacher_model: Transformer without.
-    kl_chunk: see `losses.linear_kl`.
+    kl_block: see `losses.linear_kl`.
     train_head: whether the student's embedding is trained.
 
   Returns:
@@ -48,7 +48,7 @@ def make_loss(student_model, teacher_model, kl_chunk: int, train_head: bool):
         target.reshape(-1, target.shape[-1]),
         student_model.intercept('embedding', student['embedding']),
         teacher['embedding'],
-        chunk=kl_chunk,
+        block=kl_block,
         dtype=student_model.dtype,
         train_head=train_head,
     )

@@ -1,0 +1,39 @@
+"""How does a checkpoint become a network that runs in JAX?"""
+
+import jax
+import jax.numpy as jnp
+
+from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.model import transformer
+from gemma_qat.model import weights
+from gemma_qat.training import settings
+
+
+def load(checkpoint: checkpoints.Checkpoint, dtype: str = 'float32'):
+  """Reads a checkpoint for inference.
+
+  Codes and scales are dequantized first: what runs are the very numbers that
+  the file stands for.
+
+  Returns:
+    (Transformer, params tree).
+  """
+  params = weights.stack(
+      checkpoint.config, checkpoints.dequantized(checkpoint)
+  )
+  model = transformer.Transformer(
+      checkpoint.config, dtype=jnp.dtype(dtype), remat='none',
+      attention=settings.fast_attention(),
+  )
+  return model, jax.tree.map(jnp.asarray, params)
+
+
+def tokenizer(checkpoint: checkpoints.Checkpoint):
+  """Returns the tokenizer, or a UserError where there is none."""
+  if checkpoint.tokenizer is None:
+    raise errors.UserError(
+        f'{checkpoint.source} has no tokenizer that can be read: put its '
+        'tokenizer.model beside it.'
+    )
+  return checkpoint.tokenizer
