@@ -39,7 +39,7 @@ def test_the_first_layer_reads_the_normalised_embedding(params, grams):
 def test_batches_are_averaged_by_token(params, grams):
   tokens, heard = small_model.BATCH['tokens'], []
   halves = calibration.gather_grams(
-      small_model.CONFIG, params, [tokens[:4], tokens[4:]],
+      small_model.make_model(), params, [tokens[:4], tokens[4:]],
       on_batch=heard.append,
   )
   assert heard == [80, 80]
@@ -49,4 +49,4 @@ def test_batches_are_averaged_by_token(params, grams):
 
 def test_no_text_is_an_error(params):
   with pytest.raises(ValueError, match='No batch'):
-    calibration.gather_grams(small_model.CONFIG, params, [])
+    calibration.gather_grams(small_model.make_model(), params, [])

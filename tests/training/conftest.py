@@ -14,5 +14,5 @@ def params():
 @pytest.fixture(scope='session')
 def grams(params):
   return calibration.gather_grams(
-      small_model.CONFIG, params, [small_model.BATCH['tokens']]
+      small_model.make_model(), params, [small_model.BATCH['tokens']]
   )

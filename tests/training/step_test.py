@@ -48,7 +48,7 @@ def _prepare(params, mode, mesh):
   trained, frozen = student_lib.split(student, groups)
   optimizer = optimizer_lib.make_optimizer(OPTIMIZER, STEPS, groups)
   loss = step_lib.make_loss(
-      small_model.make_model(plan), small_model.make_model(), kl_chunk=50,
+      small_model.make_model(plan), small_model.make_model(), kl_block=50,
       train_head=False,
   )
   # The teacher is a tree of plain arrays: a student nothing of which is
