@@ -32,14 +32,8 @@ RULES = {
 }
 
 
-def _put(mesh, flat):
-  return jax.device_put(
-      flat, student_lib.shardings(mesh, small_model.CONFIG, flat)
-  )
-
-
-def _prepare(params, mode, mesh):
-  """Returns (step, state, frozen, teacher, batch), placed on a mesh."""
+def _prepare(params, mode, mesh=None):
+  """Returns (step, state, frozen, teacher, batch), placed on the mesh."""
   plan = small_model.make_plan_of(mode)
   student = student_lib.init_student(
       small_model.CONFIG, params, plan, 'reference'
@@ -51,27 +45,28 @@ def _prepare(params, mode, mesh):
       small_model.make_model(plan), small_model.make_model(), kl_block=50,
       train_head=False,
   )
-  # The teacher is a tree of plain arrays: a student nothing of which is
-  # trained.
-  teacher = student_lib.split(params, {})[1]
+  # The teacher as a flat dict, like the parts of the student.
+  teacher, batch = student_lib.split(params, {})[1], small_model.BATCH
+  if mesh is not None:
+    trained, frozen, teacher = (
+        jax.device_put(
+            flat, student_lib.shardings(mesh, small_model.CONFIG, flat)
+        )
+        for flat in (trained, frozen, teacher)
+    )
+    batch = jax.device_put(batch, sharding.named(mesh, ('batch', None)))
   return (
       jax.jit(step_lib.make_step(loss, optimizer, groups)),
-      step_lib.init_state(_put(mesh, trained), optimizer),
-      _put(mesh, frozen),
-      student_lib.join({}, _put(mesh, teacher)),
-      jax.device_put(
-          small_model.BATCH, sharding.named(mesh, ('batch', None))
-      ),
+      step_lib.init_state(trained, optimizer),
+      frozen,
+      student_lib.join({}, teacher),
+      batch,
   )
-
-
-def _one_device():
-  return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize('mode', RULES)
 def test_steps_on_one_batch_lower_its_divergence(params, mode):
-  step, state, *rest = _prepare(params, mode, _one_device())
+  step, state, *rest = _prepare(params, mode)
   before, kl = jax.device_get(state.trained), []
   for _ in range(STEPS):
     state, metrics = step(state, *rest)
@@ -80,7 +75,6 @@ def test_steps_on_one_batch_lower_its_divergence(params, mode):
   assert metrics.keys() == {'kl_nats'} | {
       f'gradient_norm/{group}' for _, group in RULES[mode] if group
   }
-  print('KL', mode, kl)
   assert 0 < kl[-1] < 0.97 * kl[0]
   after = jax.device_get(state.trained)
   assert after.keys() == before.keys()
@@ -92,7 +86,7 @@ def test_steps_on_one_batch_lower_its_divergence(params, mode):
 
 @pytest.fixture(scope='module')
 def on_one_device(params):
-  step, *arguments = _prepare(params, 'codes', _one_device())
+  step, *arguments = _prepare(params, 'codes')
   return jax.device_get(step(*arguments))
 
 
@@ -106,16 +100,14 @@ def test_a_step_is_the_same_on_every_mesh(params, on_one_device, sizes):
   state, metrics = jax.device_get(step(*arguments))
   for name, value in expected_metrics.items():
     assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4), name
-  # Adam's first moment is a multiple of the clipped gradient.
-  worst = 0
+  # Adam's first moment is a multiple of the clipped gradient. Measured: they
+  # differ by 9e-6 of the largest.
   for found, expected in zip(
       jax.tree.leaves(state.optimizer),
       jax.tree.leaves(expected_state.optimizer), strict=True,
   ):
     scale = max(np.abs(expected).max(), 1e-12)
-    worst = max(worst, np.abs(found - expected).max() / scale)
-    assert np.abs(found - expected).max() < 1e-3 * scale
-  print('MESH', sizes, worst)
+    assert np.abs(found - expected).max() < 1e-4 * scale
   for path, expected in expected_state.trained.items():
     np.testing.assert_allclose(state.trained[path], expected, atol=2e-4)
 
