@@ -1,6 +1,7 @@
 """Which command does `gemma-qat NAME ...` (or `python -m gemma_qat`) mean?"""
 
 import importlib
+import os
 import sys
 
 from gemma_qat import errors
@@ -26,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
   2 is a mistake in what was given, said in one line; 75 a run that was stopped
   and can go on.
   """
-  argv = sys.argv[1:] if argv is None else argv
+  if argv is None:
+    argv = sys.argv[1:]
+    if argv and argv[0] in ('run', 'train'):
+      _ask_for_huge_pages()
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_usage())
     return 0 if argv else 2
@@ -45,9 +49,26 @@ def main(argv: list[str] | None = None) -> int:
   except errors.Stopped as error:
     print(f'gemma-qat {name}: {error}', file=sys.stderr)
     return STOPPED
+  except BrokenPipeError:
+    # `gemma-qat inspect ... | head`: nobody reads on, which is no mistake.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except KeyboardInterrupt:
     print(f'gemma-qat {name}: stopped.', file=sys.stderr)
     return 130
+
+
+def _ask_for_huge_pages():
+  """Starts anew with glibc's huge pages on, unless they were set either way.
+
+  XLA's buffers on a CPU are allocated anew in every step; in pages of 4 KiB a
+  third of a training step went into a million page faults. glibc reads the
+  setting only when a process starts.
+  """
+  name = 'GLIBC_TUNABLES'
+  if sys.platform == 'linux' and name not in os.environ:
+    os.environ[name] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _usage():

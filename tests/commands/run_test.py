@@ -1,0 +1,162 @@
+"""The main job on `tiny`: what it leaves, and that the files agree."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gemma_qat import __main__ as cli
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import detect
+from gemma_qat.commands import evaluate
+from gemma_qat.commands import run
+from gemma_qat.commands import sample
+from gemma_qat.training import metrics
+
+
+def test_the_workdir_holds_what_was_promised(finished):
+  workdir, _, _ = finished
+  for name in (
+      'config.json', 'revision.json', 'metrics.jsonl', 'model-q4_0.gguf',
+      'report.md', 'report.json', 'loss.png', 'fidelity.png',
+  ):
+    assert (workdir / name).stat().st_size, name
+  assert list((workdir / 'events').iterdir())
+  assert list((workdir / 'checkpoints').iterdir())
+
+
+def test_the_report_has_the_agreed_keys(finished):
+  workdir, report, config = finished
+  stored = json.loads((workdir / 'report.json').read_text())
+  for key in (
+      'model', 'device', 'steps', 'tokens', 'seconds', 'engine', 'context',
+      'chunks', 'text', 'recovered_ppl', 'recovered_kld',
+  ):
+    assert key in stored, key
+  assert set(stored['ppl']) == {'base', 'ptq', 'qat'}
+  assert set(stored['kld']) == set(stored['top1']) == {'ptq', 'qat'}
+  assert {'base_bf16', 'qat'} <= set(stored['bytes'])
+  assert stored['steps'] == config.train.steps
+  assert stored['recovered_kld'] == pytest.approx(
+      1 - stored['kld']['qat'] / stored['kld']['ptq']
+  )
+  assert report['ppl'] == stored['ppl']
+
+
+def test_training_brings_the_student_closer(finished):
+  workdir, report, _ = finished
+  heldout = [
+      r['heldout_kl_nats'] for r in metrics.read(workdir)
+      if 'heldout_kl_nats' in r
+  ]
+  assert heldout[-1] < heldout[0]
+  assert report['kld']['qat'] < report['kld']['ptq']
+
+
+def test_jax_and_llama_cpp_say_the_same(finished):
+  _, report, _ = finished
+  for name in ('base', 'ptq', 'qat'):
+    assert report['jax']['ppl'][name] == pytest.approx(
+        report['ppl'][name], rel=0.01
+    )
+
+
+def test_the_file_holds_the_trained_weights_bit_for_bit(finished):
+  workdir, _, _ = finished
+  trained = checkpoints.dequantized(detect.load(workdir))
+  exported = checkpoints.dequantized(detect.load(workdir / run.QAT))
+  for name, weight in trained.items():
+    np.testing.assert_array_equal(exported[name], weight, err_msg=name)
+
+
+def test_ptq_and_qat_quantize_the_same_tensors(finished):
+  workdir, _, _ = finished
+  types = lambda file: {
+      n: e.type for n, e in detect.load(workdir / file).weights.entries.items()
+  }
+  assert types(run.PTQ) == types(run.QAT)
+  assert types(run.QAT)['layer_0/attn_q'] == 'Q4_0'
+  assert types(run.QAT)['embedding'] == 'Q8_0'
+
+
+def test_a_finished_run_trains_no_further(finished):
+  workdir, report, config = finished
+  before = (workdir / metrics.FILE).read_bytes()
+  again, _ = run.run(config, workdir)
+  assert (workdir / metrics.FILE).read_bytes() == before
+  assert again['ppl'] == report['ppl']
+
+
+def test_export_repeats_the_file_of_the_run(finished, tmp_path, capsys):
+  workdir, _, _ = finished
+  to = tmp_path / 'again.gguf'
+  assert cli.main(['export', f'--from={workdir}', f'--to={to}']) == 0
+  assert to.read_bytes() == (workdir / run.QAT).read_bytes()
+  assert 'bit for bit' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('embedding', ['q4_0', 'f16'])
+def test_export_changes_the_embedding_alone(finished, tmp_path, embedding):
+  workdir, _, _ = finished
+  to = tmp_path / 'other.gguf'
+  assert cli.main([
+      'export', f'--from={workdir}', f'--to={to}', f'--embedding={embedding}'
+  ]) == 0
+  old = detect.load(workdir / run.QAT).weights.entries
+  new = detect.load(to).weights.entries
+  changed = {n for n in old if old[n].type != new[n].type}
+  assert changed == {'embedding'}
+
+
+def test_quantize_writes_the_ptq_file_of_the_run(finished, tmp_path):
+  workdir, _, config = finished
+  to = tmp_path / 'ptq.gguf'
+  assert cli.main([
+      'quantize', f'--from={config.model.checkpoint}', f'--to={to}',
+      '--format=q4_0',
+  ]) == 0
+  assert to.read_bytes() == (workdir / run.PTQ).read_bytes()
+
+
+def test_evaluate_takes_every_layout_and_writes_json(finished, tmp_path):
+  workdir, _, config = finished
+  out = tmp_path / 'figures.json'
+  file = workdir / run.QAT
+  assert cli.main([
+      'evaluate', str(workdir), str(file),
+      f'--against={config.model.checkpoint}',
+      f'--text={workdir / run.TEXT}', '--context=64', '--chunks=2',
+      f'--json={out}',
+  ]) == 0
+  found = json.loads(out.read_text())['models']
+  # The Orbax checkpoint and the file are one model.
+  assert found[str(workdir)] == found[str(file)]
+  assert found[str(file)]['kld'] > 0
+
+
+def test_jax_reads_an_orbax_checkpoint_like_its_file(finished):
+  workdir, _, _ = finished
+  text = (workdir / run.TEXT).read_text()
+  _, found = evaluate.evaluate(
+      {'orbax': workdir, 'file': workdir / run.QAT}, text, 64, 1,
+      against='orbax', engine='jax',
+  )
+  assert found['file'].kld == 0.0
+  assert found['file'].ppl == found['orbax'].ppl
+
+
+def test_sample_is_greedy_and_repeats(finished):
+  workdir, _, _ = finished
+  say = lambda **kw: ''.join(
+      sample.sample(workdir / run.QAT, 'The ', max_tokens=6, **kw)
+  )
+  assert say() == say()
+  assert say(temperature=1.0, seed=1) != say(temperature=1.0, seed=2)
+
+
+def test_inspect_shows_formats_and_metadata(finished, capsys):
+  workdir, _, _ = finished
+  assert cli.main(['inspect', str(workdir / run.QAT)]) == 0
+  said = capsys.readouterr().out
+  assert 'Q4_0' in said and 'bits per weight' in said
+  assert 'num_layers = 8' in said
