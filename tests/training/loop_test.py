@@ -1,0 +1,218 @@
+"""A run ends where its config says, however often it was stopped."""
+
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+
+from flax import traverse_util
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import base
+from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import detect
+from gemma_qat.checkpoints import huggingface
+from gemma_qat.checkpoints import orbax_files
+from gemma_qat.model import config as model_config
+from gemma_qat.training import loop
+from gemma_qat.training import metrics
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  """Folder of small documents, some to train on, some to evaluate with."""
+  folder = tmp_path_factory.mktemp('text')
+  rng = random.Random(0)
+  word = lambda: ''.join(rng.choices('etaoinshr', k=rng.randint(2, 7)))
+  words = [word() for _ in range(300)]
+  for i in range(50):
+    kind = 'train' if i < 40 else 'held'
+    document = ' '.join(rng.choices(words, k=200))
+    (folder / f'{kind}{i}.txt').write_text(document, encoding='utf-8')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def one_layer(tmp_path_factory):
+  """A checkpoint of tiny's first layer: seconds of compilation less."""
+  tiny = detect.load('random:tiny')
+  config = dataclasses.replace(tiny.config, variant='custom', num_layers=1)
+  names = [n for n in tiny.weights if '/' not in n or n.startswith('layer_0/')]
+  folder = tmp_path_factory.mktemp('checkpoint') / 'one_layer'
+  huggingface.save(
+      folder, config, {n: tiny.weights[n] for n in names}, tiny.tokenizer,
+      'float32',
+  )
+  return folder
+
+
+@pytest.fixture(scope='module')
+def tiny_config(text, one_layer):
+  """The tiny base config on that checkpoint and text, not locked."""
+  config = base.get_config('tiny').unlock()
+  config.model.checkpoint = str(one_layer)
+  config.data.train = f'files:{text}/train*.txt'
+  config.data.heldout_fraction = 0.3
+  config.evaluation.text = f'files:{text}/held*.txt'
+  return config
+
+
+@pytest.fixture(scope='module')
+def make_config(tiny_config):
+  """Configs that start and compile sooner: make_config(steps=8 ...)."""
+  def make(**train):
+    config = tiny_config.copy_and_resolve_references()
+    config.quant.start = 'reference'
+    config.quant.modes = ((r'.', 'codes'),)
+    config.train.rules = (
+        (r'^embedding', None), (r'/scale$', 'scales'), (r'norm$', 'norms'),
+    )
+    config.train.length = 32
+    config.train.update(train)
+    return config.lock()
+  return make
+
+
+@pytest.fixture(scope='module')
+def config(make_config):
+  # The step after 5, where the second half goes on, is not logged.
+  return make_config(
+      steps=8, checkpoint_every=5, log_every=4, evaluate_every=8
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+  """Workdir of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  assert loop.train(config, workdir) == 8
+  return workdir
+
+
+def _arrays(workdir, step):
+  folder = (workdir / 'checkpoints' / str(step)).resolve()
+  return {
+      f'{tree}/{path}': np.asarray(leaf)
+      for tree in ('student', 'optimizer')
+      for path, leaf in traverse_util.flatten_dict(
+          orbax_files.load_tree(folder, tree), sep='/'
+      ).items()
+  }
+
+
+def _assert_same_numbers(workdir, other, step):
+  expected, found = _arrays(other, step), _arrays(workdir, step)
+  assert found.keys() == expected.keys()
+  for path, array in expected.items():
+    np.testing.assert_array_equal(found[path], array, err_msg=path)
+  # All but the speed.
+  rows, expected = (
+      [{k: v for k, v in row.items() if k != 'tokens_per_second'}
+       for row in metrics.read(w)]
+      for w in (workdir, other)
+  )
+  assert rows == expected
+
+
+def test_the_tiny_config_writes_what_a_run_writes(
+    tiny_config, one_layer, tmp_path
+):
+  assert loop.train(tiny_config.lock(), tmp_path) == 8
+  rows = metrics.read(tmp_path)
+  assert [row['step'] for row in rows] == [0, 2, 4, 6, 8]
+  heldout = [r['heldout_kl_nats'] for r in rows if 'heldout_kl_nats' in r]
+  assert len(heldout) == 3 and 0 < heldout[-1] < heldout[0] < 1
+  assert {p.name for p in tmp_path.iterdir()} >= {
+      'config.json', 'revision.json', 'metrics.jsonl', 'events', 'checkpoints'
+  }
+  student, teacher = detect.load(tmp_path), detect.load(one_layer)
+  assert student.metadata['step'] == 8
+  for name, number_format in [
+      ('layer_0/attn_q', 'q4_0'), ('layer_0/mlp_down', 'q4_0'),
+      ('embedding', 'q8_0'),
+  ]:
+    assert student.weights.entries[name].format == number_format
+    values = checkpoints.to_float32(student.weights[name])
+    error = np.linalg.norm(values - teacher.weights[name])
+    assert error < 0.15 * np.linalg.norm(teacher.weights[name])
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(
+    config, finished, tmp_path
+):
+  workdir = tmp_path / 'killed'
+  shutil.copytree(finished, workdir)
+  # As if killed in step 8, with a row half written.
+  shutil.rmtree(workdir / 'checkpoints' / '8')
+  with open(workdir / metrics.FILE, 'a', encoding='utf-8') as f:
+    f.write('{"step": 8, "kl')
+  assert loop.train(config, workdir) == 8
+  _assert_same_numbers(workdir, finished, 8)
+
+
+def test_a_finished_run_stays_as_it_is(config, finished):
+  before = _arrays(finished, 8), metrics.read(finished)
+  assert loop.train(config, finished) == 8
+  after = _arrays(finished, 8), metrics.read(finished)
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_sigterm_saves_the_step_under_way_and_stops(make_config, tmp_path):
+  steps = 100_000
+  config = make_config(
+      steps=steps, checkpoint_every=steps, log_every=1, evaluate_every=steps
+  )
+  gone = threading.Event()
+
+  def terminate():
+    while not gone.is_set():
+      if any(row['step'] >= 3 for row in metrics.read(tmp_path)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+      time.sleep(0.01)
+
+  # A signal that came too late must not end the tests.
+  handler = signal.signal(signal.SIGTERM, lambda *_: None)
+  killer = threading.Thread(target=terminate)
+  killer.start()
+  try:
+    with pytest.raises(errors.Stopped, match='Stopped after step'):
+      loop.train(config, tmp_path)
+  finally:
+    gone.set()
+    killer.join()
+    signal.signal(signal.SIGTERM, handler)
+  rows = [row['step'] for row in metrics.read(tmp_path)]
+  (saved,) = (int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  assert rows == list(range(saved + 1)) and saved >= 3
+
+
+def test_a_workdir_of_another_config_is_refused(make_config, finished):
+  with pytest.raises(errors.UserError, match='train.keep was 3, now 2'):
+    loop.train(
+        make_config(steps=8, checkpoint_every=5, log_every=4, evaluate_every=8,
+                    keep=2),
+        finished,
+    )
+
+
+def test_a_divergence_that_is_not_finite_ends_the_run(make_config, tmp_path):
+  config = make_config(steps=5, checkpoint_every=5, log_every=1).unlock()
+  config.optimizer.learning_rate = 1e30
+  with pytest.raises(
+      errors.UserError, match='at step [345]: lower config.optimizer.learning'
+  ):
+    loop.train(config.lock(), tmp_path)
+  assert not any((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+def test_less_held_out_text_than_a_batch_is_refused(make_config, tmp_path):
+  config = make_config(batch_size=4096)
+  with pytest.raises(errors.UserError, match='fewer than one batch of 4096'):
+    loop.train(config, tmp_path)
