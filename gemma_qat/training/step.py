@@ -79,7 +79,7 @@ def make_step(
     metrics = {'kl_nats': kl}
     for name in sorted(set(groups.values())):
       part = [g for p, g in gradient.items() if groups[p] == name]
-      metrics[f'gradient_norm/{name}'] = optax.global_norm(part)
+      metrics[f'gradient_norm/{name}'] = optax.tree.norm(part)
     trained = optax.apply_updates(state.trained, updates)
     return State(state.step + 1, trained, optimizer_state), metrics
 
