@@ -137,7 +137,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
     if not first:
       writer.write(0, {'heldout_kl_nats': heldout_kl()})
     tokens_a_step = train_s.batch_size * train_s.length
-    clock, since = time.monotonic(), first
+    clock, since, text = time.monotonic(), first, ''
     with metrics.Progress('train', train_s.steps, first) as progress:
       for n in range(first + 1, train_s.steps + 1):
         state, scalars = take_step(
@@ -159,13 +159,13 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
           row['heldout_kl_nats'] = heldout_kl()
         if row:
           writer.write(n, row)
-        # Evaluation and saving are not the step's time.
-        if 'tokens_per_second' in row:
-          clock, since = time.monotonic(), n
         last = n == train_s.steps or stop.asked
         if n % train_s.checkpoint_every == 0 or last:
           save()
-        progress.advance(text=text if n >= train_s.log_every else '')
+        # Evaluation and saving are not the step's time.
+        if 'tokens_per_second' in row:
+          clock, since = time.monotonic(), n
+        progress.advance(text=text)
         if stop.asked and n < train_s.steps:
           writer.close()
           raise errors.Stopped(f'Stopped after step {n}; the same command goes on.')

@@ -1,0 +1,66 @@
+"""A config that cannot work is refused before anything is computed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.configs import base
+from gemma_qat import errors
+from gemma_qat.model import config as model_config
+from gemma_qat.model import transformer
+from gemma_qat.training import settings
+
+
+def _config(**changes):
+  """The tiny base config with changes like train__steps=3."""
+  config = base.get_config('tiny').unlock()
+  for key, value in changes.items():
+    section, field = key.split('__')
+    config[section][field] = value
+  return config.lock()
+
+
+@pytest.mark.parametrize('read, changes, message', [
+    (settings.quant, {'quant__rules': ((r'.', 'q3'),)}, "format 'q3'.*q4_0"),
+    (settings.quant, {'quant__modes': ((r'.', 'frozen'),)},
+     "quant.modes: 'frozen' is not one of derived, learned"),
+    (settings.quant, {'quant__start': 'awq'}, "quant.start: 'awq'.*gptq"),
+    (settings.train, {'train__steps': 0}, 'train.steps=0 is below 1'),
+    (settings.train, {'train__log_every': 0}, 'train.log_every=0 is below 1'),
+    (settings.train, {'train__rules': ((r'.', 'biases'),)},
+     "group 'biases'.*multipliers"),
+    (settings.optimizer, {'optimizer__warmup_steps': 8},
+     'warmup_steps=8 .*steps=8'),
+    (settings.compute, {'compute__dtype': 'float16'}, "dtype: 'float16'"),
+    (settings.compute, {'compute__residual_dtype': 'int8'}, 'residual_dtype'),
+    (settings.compute, {'compute__attention': 'flash'}, "attention: 'flash'"),
+    (settings.compute, {'compute__remat': 'some'}, "policy 'some'"),
+])
+def test_a_value_that_cannot_work_is_named(read, changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    read(_config(**changes))
+
+
+def test_auto_is_resolved_for_this_machine():
+  s = settings.compute(
+      _config(compute__dtype='auto', compute__attention='auto')
+  )
+  assert s.dtype == settings.fast_dtype()
+  assert s.attention == (
+      'mapped' if jax.default_backend() == 'cpu' else 'xla'
+  )
+
+
+def test_the_model_is_what_the_settings_say():
+  s = settings.compute(_config(
+      compute__dtype='bfloat16', compute__remat='products',
+      compute__attention='xla', compute__round_embedding_multiplier=True,
+  ))
+  config = model_config.variant('tiny')
+  assert settings.make_model(config, s, transformer.identity) == (
+      transformer.Transformer(
+          config, transformer.identity, dtype=jnp.dtype('bfloat16'),
+          residual_dtype=jnp.dtype('float32'), remat='products',
+          attention='xla', round_embedding_multiplier=True,
+      )
+  )

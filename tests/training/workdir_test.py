@@ -1,0 +1,52 @@
+"""A workdir belongs to the run that began it."""
+
+import json
+
+import pytest
+
+from experiments.configs import base
+from gemma_qat import errors
+from gemma_qat.training import workdir as workdir_lib
+
+
+def _config(**changes):
+  config = base.get_config('tiny').unlock()
+  config.train.update(changes)
+  return config.lock()
+
+
+def test_a_new_folder_gets_the_resolved_config_and_the_revision(tmp_path):
+  folder = tmp_path / 'runs' / 'a'
+  workdir_lib.claim(folder, _config())
+  config = json.loads((folder / workdir_lib.CONFIG).read_text())
+  assert config['train']['steps'] == 8
+  assert config['quant']['rules'][1] == ['^embedding$', 'q8_0']
+  revision = json.loads((folder / workdir_lib.REVISION).read_text())
+  assert {'git', 'jax', 'device'} <= revision.keys()
+
+
+def test_the_same_config_may_go_on(tmp_path):
+  workdir_lib.claim(tmp_path, _config())
+  before = (tmp_path / workdir_lib.REVISION).read_bytes()
+  workdir_lib.claim(tmp_path, _config())
+  assert (tmp_path / workdir_lib.REVISION).read_bytes() == before
+
+
+def test_another_config_is_refused_and_the_difference_named(tmp_path):
+  workdir_lib.claim(tmp_path, _config())
+  with pytest.raises(
+      errors.UserError, match='train.length was 64, now 128 and 1 more'
+  ):
+    workdir_lib.claim(tmp_path, _config(steps=9, length=128))
+
+
+def test_a_damaged_config_is_refused(tmp_path):
+  (tmp_path / workdir_lib.CONFIG).write_text('{"train": ')
+  with pytest.raises(errors.UserError, match='cannot be used'):
+    workdir_lib.claim(tmp_path, _config())
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+  (tmp_path / 'x').write_text('')
+  with pytest.raises(errors.UserError, match='choose another'):
+    workdir_lib.claim(tmp_path / 'x', _config())
