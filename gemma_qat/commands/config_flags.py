@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import pathlib
+import re
 import sys
 from typing import Sequence
 
@@ -56,20 +57,30 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         f'--config={path}: {file} does not exist; the configs lie in '
         'experiments/configs/.'
     )
+  argv = ['gemma-qat', f'--config={path}', *overrides]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
-      'config', lock_config=True, flag_values=values
+      'config', lock_config=True, flag_values=values, sys_argv=argv
   )
   with _importable(file), contextlib.redirect_stderr(io.StringIO()):
     try:
-      values(['gemma-qat', f'--config={path}', *overrides])
+      values(argv)
       return values['config'].value
     except errors.UserError:
       raise
     # A config is Python: whatever it raises is a mistake in what was given.
     except Exception as error:
-      reason = ' '.join(str(error).split()) or type(error).__name__
-      raise errors.UserError(f'--config={path}: {reason}') from error
+      raise errors.UserError(f'--config={path}: {_reason(error)}') from error
+
+
+def _reason(error: Exception) -> str:
+  """One line of what went wrong.
+
+  ml_collections puts the whole traceback of a config into its own message: the
+  line that begins with the exception's name is the last of them.
+  """
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return re.split(r'\b\w+(?:Error|Exception): ', text)[-1]
 
 
 @contextlib.contextmanager

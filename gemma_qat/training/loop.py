@@ -58,18 +58,26 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   compute = settings.compute(config)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   workdir_lib.claim(workdir, config)
+  if saving.latest(workdir) == train_s.steps:
+    _say(f'{workdir} holds the last step, {train_s.steps}, already.')
+    return train_s.steps
 
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, quant)
   _say(f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
        f'to quantize, {workdir_lib.device_name()}, {compute.dtype} products')
   params = weights.stack(base.config, checkpoints.dequantized(base))
-  batches, heldout, calibrating = _text(config, train_s, base, workdir)
+  batches, heldout, calibrating, digest = _text(config, train_s, base, workdir)
 
   with saving.Saver(workdir, train_s.keep) as saver, _StopSignal() as stop:
     # The one place that decides where the student comes from.
     if saver.latest is not None:
       student, optimizer_leaves, manifest = saver.restore(saver.latest)
+      if manifest['text'] != digest:
+        raise errors.UserError(
+            f'The text of {config.data.train} is not what --workdir={workdir} '
+            'was trained on so far: bring it back, or choose a new workdir.'
+        )
       batches.set_state(manifest['data'])
       _say(f'Going on at step {saver.latest}.')
     else:
@@ -128,10 +136,12 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
           base.config, plan, int(state.step), config.name
       )
       saver.save(
-          state, frozen, manifest | {'data': batches.get_state()},
+          state, frozen,
+          manifest | {'data': batches.get_state(), 'text': digest},
           orbax_files.tokenizer_tree(base.tokenizer),
       )
 
+    # Everything below is the loop itself.
     first = int(state.step)
     writer = metrics.Writer(workdir, first)
     if not first:
@@ -168,7 +178,9 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
         progress.advance(text=text)
         if stop.asked and n < train_s.steps:
           writer.close()
-          raise errors.Stopped(f'Stopped after step {n}; the same command goes on.')
+          raise errors.Stopped(
+              f'Stopped after step {n}; the same command goes on.'
+          )
     writer.close()
   return train_s.steps
 
@@ -185,7 +197,7 @@ def load_text(config: ml_collections.ConfigDict):
 
 
 def _text(config, train_s, base, workdir):
-  """Returns (batches, held-out batches, calibration batches)."""
+  """Returns (batches, held-out and calibration batches, digest of the text)."""
   if base.tokenizer is None:
     raise errors.UserError(
         f'{base.source} has no tokenizer that can be read: put its '
@@ -205,6 +217,7 @@ def _text(config, train_s, base, workdir):
       take(make(heldout, config.seed), train_s.heldout_batches),
       # Another order than training's, so that the first batches differ.
       lambda: take(make(training, config.seed + 1), count),
+      pipeline.digest(training, base.tokenizer),
   )
 
 

@@ -20,6 +20,13 @@ from gemma_qat.training import student as student_lib
 FOLDER = 'checkpoints'
 
 
+def latest(workdir: pathlib.Path) -> int | None:
+  """The newest whole step of a workdir, without opening it for writing."""
+  if not orbax_files.is_ours(workdir / FOLDER):
+    return None
+  return int(orbax_files.find_step(workdir / FOLDER).name)
+
+
 class Saver:
   """Writes and restores the steps of one workdir.
 
