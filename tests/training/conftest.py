@@ -16,3 +16,9 @@ def grams(params):
   return calibration.gather_grams(
       small_model.make_model(), params, [small_model.BATCH['tokens']]
   )
+
+
+@pytest.fixture(scope='session')
+def student(params):
+  """Codes and scales by the formats' own rules."""
+  return small_model.init_student(params, small_model.PLAN)

@@ -3,12 +3,15 @@
 import dataclasses
 import zlib
 
+from flax import traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
+from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
 from gemma_qat.training import settings
 from gemma_qat.training import student as student_lib
@@ -55,3 +58,32 @@ def make_model(plan=None) -> transformer.Transformer:
   return transformer.Transformer(
       CONFIG, intercept, dtype=jnp.float32, remat='none', attention='mapped'
   )
+
+
+def init_student(params, plan, start='reference', grams=None) -> dict:
+  """Makes the student of step 0."""
+  return student_lib.init_student(CONFIG, params, plan, start, grams)
+
+
+def flat(tree) -> dict:
+  """Returns {leaf path: leaf}."""
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def node(tree, path: str):
+  """Returns what stands at a path."""
+  for key in path.split('/'):
+    tree = tree[key]
+  return tree
+
+
+def stored(tree, path: str, entry) -> formats.Quantized:
+  """Returns the codes and scales that a file gets of one weight."""
+  # A fixed node is compared with its own values, which jit cannot do.
+  quantized = lattice.quantized if entry[1] == 'fixed' else _quantized
+  return quantized(node(tree, path), *entry)
+
+
+_quantized = jax.jit(lattice.quantized, static_argnums=(1, 2, 3))
+# The formats' own rules, all codes standing still.
+PLAN = make_plan()

@@ -17,27 +17,23 @@ OPTIMIZER = settings.OptimizerSettings(
     multipliers={'scales': 1.0, 'norms': 0.3, 'weights': 0.1},
     warmup_steps=0, clip=1.0, b1=0.9, b2=0.95, epsilon=1e-8,
 )
-NORMS = (r'norm$', 'norms')
-SCALES = (r'/scale$', 'scales')
-# What each mode can train; the embedding's codes stand still.
+# What each mode can train; not every leaf, for each has to be compiled.
+FROZEN = (r'^embedding', None)
+NORMS = (r'(mlp_pre|final)_norm$', 'norms')
 RULES = {
-    'codes': ((r'^embedding', None), SCALES, NORMS),
+    'codes': (FROZEN, (r'/scale$', 'scales'), NORMS),
     'learned': (
-        (r'^embedding', None), SCALES, NORMS, (r'/master$', 'weights')
+        FROZEN, (r'mlp_.*/scale$', 'scales'), (r'mlp_.*/master$', 'weights')
     ),
-    'derived': (
-        (r'^embedding', None), NORMS, (small_model.MATRICES, 'weights')
-    ),
-    'fixed': ((r'^embedding', None), NORMS),
+    'derived': (FROZEN, NORMS, (r'mlp_(gate|up|down)$', 'weights')),
+    'fixed': (FROZEN, NORMS),
 }
 
 
 def _prepare(params, mode, mesh=None):
   """Returns (step, state, frozen, teacher, batch), placed on the mesh."""
   plan = small_model.make_plan_of(mode)
-  student = student_lib.init_student(
-      small_model.CONFIG, params, plan, 'reference'
-  )
+  student = small_model.init_student(params, plan)
   groups = student_lib.groups(student, RULES[mode])
   trained, frozen = student_lib.split(student, groups)
   optimizer = optimizer_lib.make_optimizer(OPTIMIZER, STEPS, groups)
@@ -112,13 +108,10 @@ def test_a_step_is_the_same_on_every_mesh(params, on_one_device, sizes):
     np.testing.assert_allclose(state.trained[path], expected, atol=2e-4)
 
 
-def test_positions_outside_the_mask_do_not_count(params):
-  plan = small_model.make_plan()
-  student = student_lib.init_student(
-      small_model.CONFIG, params, plan, 'reference'
-  )
+def test_positions_outside_the_mask_do_not_count(params, student):
   loss = jax.jit(step_lib.make_loss(
-      small_model.make_model(plan), small_model.make_model(), 50, False
+      small_model.make_model(small_model.PLAN), small_model.make_model(), 50,
+      False,
   ))
   tokens, mask = small_model.BATCH['tokens'], small_model.BATCH['mask'].copy()
   mask[:, 15:] = False

@@ -15,42 +15,16 @@ from gemma_qat.training import settings
 from gemma_qat.training import student as student_lib
 
 TOKENS = small_model.BATCH['tokens']
-PLAN = small_model.make_plan()
+PLAN = small_model.PLAN
 TRAIN = (
     (r'^embedding', None), (r'/scale$', 'scales'), (r'norm$', 'norms'),
 )
-
-
-def _student(params, plan, start='reference', grams=None):
-  return student_lib.init_student(
-      small_model.CONFIG, params, plan, start, grams
-  )
-
-
-def _flat(tree):
-  return traverse_util.flatten_dict(tree, sep='/')
-
-
-def _node(tree, path):
-  for key in path.split('/'):
-    tree = tree[key]
-  return tree
 
 
 def _hidden(model, tree):
   return np.asarray(
       jax.jit(lambda p: model.apply({'params': p}, TOKENS))(tree)
   )
-
-
-def _stored(tree, path, entry):
-  """The codes and scales that a file gets of one weight."""
-  # A fixed node is compared with its own values, which jit cannot do.
-  quantized = lattice.quantized if entry[1] == 'fixed' else _quantized
-  return quantized(_node(tree, path), *entry)
-
-
-_quantized = jax.jit(lattice.quantized, static_argnums=(1, 2, 3))
 
 
 @pytest.fixture(scope='module')
@@ -63,12 +37,6 @@ def run_plain():
 @pytest.fixture(scope='module')
 def teacher_hidden(params, run_plain):
   return np.asarray(run_plain(params))
-
-
-@pytest.fixture(scope='module')
-def student(params):
-  """Codes and scales by the formats' own rules."""
-  return _student(params, PLAN)
 
 
 # What a plan refuses.
@@ -130,9 +98,9 @@ def test_join_undoes_split(student):
   groups = student_lib.groups(student, TRAIN)
   trained, frozen = student_lib.split(student, groups)
   assert set(trained) == set(groups) and not set(trained) & set(frozen)
-  joined = _flat(student_lib.join(trained, frozen))
-  assert joined.keys() == _flat(student).keys()
-  for path, leaf in _flat(student).items():
+  joined = small_model.flat(student_lib.join(trained, frozen))
+  assert joined.keys() == small_model.flat(student).keys()
+  for path, leaf in small_model.flat(student).items():
     assert joined[path] is leaf
 
 
@@ -144,11 +112,11 @@ def test_training_computes_with_the_numbers_that_a_file_gets(
     params, run_plain, teacher_hidden, mode
 ):
   plan = small_model.make_plan_of(mode)
-  student = _student(params, plan)
+  student = small_model.init_student(params, plan)
   in_training = _hidden(small_model.make_model(plan), student)
-  exported = _flat(student)
+  exported = small_model.flat(student)
   for path, entry in plan.items():
-    stored = _stored(student, path, entry)
+    stored = small_model.stored(student, path, entry)
     for part in ('codes', 'scale', 'master'):
       exported.pop(f'{path}/{part}', None)
     codes = np.asarray(stored.codes, np.float32) - entry[0].zero
@@ -163,7 +131,8 @@ def test_fewer_bits_are_further_from_the_teacher(params, teacher_hidden):
   distance = {}
   for name in ('q4_0', 'q8_0'):
     plan = small_model.make_plan(((small_model.MATRICES, name),))
-    hidden = _hidden(small_model.make_model(plan), _student(params, plan))
+    student = small_model.init_student(params, plan)
+    hidden = _hidden(small_model.make_model(plan), student)
     distance[name] = float(np.mean(
         losses.kl_from_logits(hidden @ head, teacher_hidden @ head)
     ))
@@ -218,59 +187,11 @@ def test_gradients_of_frozen_codes_scales_are_finite_differences(student):
   assert float(measured) == pytest.approx(float(predicted), rel=0.005)
 
 
-# Where the student starts.
-
-
-@pytest.mark.parametrize('start', ['search', 'gptq'])
-def test_starts_are_on_the_lattice_and_lose_less_of_the_layers_outputs(
-    params, grams, student, start
-):
-  error = {}
-  for name, tree in {
-      start: _student(params, PLAN, start, grams), 'reference': student
-  }.items():
-    error[name] = 0.0
-    for path in grams:
-      node, weight = _node(tree, path), np.asarray(_node(params, path))
-      codes, scale = np.asarray(node['codes']), np.asarray(node['scale'])
-      assert codes.dtype == np.int8 and 0 <= codes.min() <= codes.max() <= 15
-      np.testing.assert_array_equal(scale, scale.astype(np.float16))
-      values = (codes - 8.0) * np.repeat(scale, 32, axis=-1)
-      gram = grams[path].reshape(-1, *grams[path].shape[-2:])
-      rows = (values - weight).reshape(len(gram), -1, gram.shape[-1])
-      error[name] += np.einsum('gri,gij,grj->', rows, gram, rows)
-  assert error[start] < error['reference']
-
-
-def test_a_learned_start_rounds_to_the_codes_that_were_found(params, grams):
-  plan = small_model.make_plan_of('learned')
-  found = _student(params, PLAN, 'search', grams)
-  learned = _student(params, plan, 'search', grams)
-  for path in grams:
-    expected = _stored(found, path, PLAN[path])
-    rounded = _stored(learned, path, plan[path])
-    np.testing.assert_array_equal(rounded.codes, expected.codes)
-    np.testing.assert_array_equal(rounded.scale, expected.scale)
-
-
-def test_a_start_with_scales_is_refused_for_derived_ones(params, grams):
-  with pytest.raises(errors.UserError, match="start=gptq .*'derived'"):
-    _student(params, small_model.make_plan_of('derived'), 'gptq', grams)
-
-
-def test_weights_that_are_not_finite_are_named(params):
-  flat = _flat(params) | {'groups/layer_0/mlp_up': np.full((2, 128, 64), np.nan)}
-  with pytest.raises(errors.UserError, match='groups/layer_0/mlp_up holds'):
-    _student(
-        traverse_util.unflatten_dict(flat, sep='/'), PLAN
-    )
-
-
 # Where its leaves lie.
 
 
 def test_codes_and_scales_are_cut_as_their_weight_is(student):
-  student = _flat(student)
+  student = small_model.flat(student)
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   placed = student_lib.shardings(mesh, small_model.CONFIG, student)
   assert placed.keys() == student.keys()
@@ -281,7 +202,7 @@ def test_codes_and_scales_are_cut_as_their_weight_is(student):
 
 
 def test_a_mesh_that_would_cut_blocks_is_refused_with_the_leafs_name(student):
-  student = _flat(student)
+  student = small_model.flat(student)
   mesh = sharding.make_mesh(data=2, fsdp=4)
   with pytest.raises(errors.UserError, match="/(codes|scale): axis 'embed'"):
     student_lib.shardings(mesh, small_model.CONFIG, student)

@@ -1,0 +1,55 @@
+"""Whatever finds the codes of step 0, they are codes that a file can hold."""
+
+from flax import traverse_util
+import numpy as np
+import pytest
+import small_model
+
+from gemma_qat import errors
+
+
+@pytest.mark.parametrize('start', ['search', 'gptq'])
+def test_starts_are_on_the_lattice_and_lose_less_of_the_layers_outputs(
+    params, grams, student, start
+):
+  error = {}
+  started = small_model.init_student(params, small_model.PLAN, start, grams)
+  for name, tree in {start: started, 'reference': student}.items():
+    error[name] = 0.0
+    for path in grams:
+      node, weight = (small_model.node(t, path) for t in (tree, params))
+      codes, scale = np.asarray(node['codes']), np.asarray(node['scale'])
+      assert codes.dtype == np.int8 and 0 <= codes.min() <= codes.max() <= 15
+      np.testing.assert_array_equal(scale, scale.astype(np.float16))
+      values = (codes - 8.0) * np.repeat(scale, 32, axis=-1)
+      gram = grams[path].reshape(-1, *grams[path].shape[-2:])
+      rows = (values - weight).reshape(len(gram), -1, gram.shape[-1])
+      error[name] += np.einsum('gri,gij,grj->', rows, gram, rows)
+  assert error[start] < error['reference']
+
+
+def test_a_learned_start_rounds_to_the_codes_that_were_found(params, grams):
+  plan = small_model.make_plan_of('learned')
+  found = small_model.init_student(params, small_model.PLAN, 'search', grams)
+  learned = small_model.init_student(params, plan, 'search', grams)
+  for path in grams:
+    expected = small_model.stored(found, path, small_model.PLAN[path])
+    rounded = small_model.stored(learned, path, plan[path])
+    np.testing.assert_array_equal(rounded.codes, expected.codes)
+    np.testing.assert_array_equal(rounded.scale, expected.scale)
+
+
+def test_a_start_with_scales_is_refused_for_derived_ones(params, grams):
+  with pytest.raises(errors.UserError, match="start=gptq .*'derived'"):
+    small_model.init_student(
+        params, small_model.make_plan_of('derived'), 'gptq', grams
+    )
+
+
+def test_weights_that_are_not_finite_are_named(params):
+  flat = small_model.flat(params)
+  flat['groups/layer_0/mlp_up'] = np.full((2, 128, 64), np.nan)
+  with pytest.raises(errors.UserError, match='groups/layer_0/mlp_up holds'):
+    small_model.init_student(
+        traverse_util.unflatten_dict(flat, sep='/'), small_model.PLAN
+    )
