@@ -5,7 +5,7 @@ these frozen values.
 """
 
 import dataclasses
-from typing import Mapping
+from typing import Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,22 @@ class TrainSettings:
   log_every: int
   keep: int
   heldout_batches: int
+
+
+class Settings(NamedTuple):
+  """The frozen settings of a run, by config section."""
+
+  quant: QuantSettings
+  train: TrainSettings
+  optimizer: OptimizerSettings
+  compute: ComputeSettings
+
+
+def read(config: ml_collections.ConfigDict) -> Settings:
+  """Checks and freezes all of a config that the loop needs."""
+  return Settings(
+      quant(config), train(config), optimizer(config), compute(config)
+  )
 
 
 def quant(config: ml_collections.ConfigDict) -> QuantSettings:

@@ -1,0 +1,74 @@
+"""Which text does a run train on, in which order, and which never?"""
+
+import pathlib
+from typing import Any, Callable, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.data import pipeline
+from gemma_qat.data import sources
+
+Batch = dict[str, np.ndarray]
+
+
+class Text(NamedTuple):
+  """The text of a run as batches; `digest` names it, see `pipeline.digest`."""
+
+  batches: Any
+  heldout: list[Batch]
+  calibrating: Callable[[], list[Batch]]
+  digest: str
+
+  def state(self) -> dict[str, Any]:
+    """What a manifest says of it."""
+    return {'data': self.batches.get_state(), 'text': self.digest}
+
+  def go_on(self, manifest, workdir):
+    """Continues behind the last batch that a manifest counted."""
+    if manifest['text'] != self.digest:
+      raise errors.UserError(
+          f'The training text is not what --workdir={workdir} was trained on '
+          'so far: bring it back, or choose a new workdir.'
+      )
+    self.batches.set_state(manifest['data'])
+
+
+def read(
+    config: ml_collections.ConfigDict,
+    base: checkpoints.Checkpoint,
+    workdir: pathlib.Path,
+) -> Text:
+  """Reads and tokenizes the text of a run; tokens are kept in the workdir.
+
+  Raises:
+    UserError: no tokenizer, or too little text.
+  """
+  if base.tokenizer is None:
+    raise errors.UserError(
+        f'{base.source} has no tokenizer that can be read: put its '
+        'tokenizer.model beside it.'
+    )
+  training, heldout = documents(config)
+  size, length = config.train.batch_size, config.train.length
+  make = lambda some, seed: pipeline.make_dataset(
+      some, base.tokenizer, size, length, seed, cache_dir=workdir / 'tokens'
+  )
+  count = -(-config.quant.calibration_tokens // (size * length))
+  take = lambda batches, n: [next(batches) for _ in range(n)]
+  return Text(
+      batches=make(training, config.seed),
+      heldout=take(make(heldout, config.seed), config.train.heldout_batches),
+      # Another order than training's, so that the first batches differ.
+      calibrating=lambda: take(make(training, config.seed + 1), count),
+      digest=pipeline.digest(training, base.tokenizer),
+  )
+
+
+def documents(config: ml_collections.ConfigDict):
+  """Reads (training, held-out) documents; neither shares text with evaluation.
+  """
+  training, _ = sources.load_pair(config.data.train, config.evaluation.text)
+  return sources.split(training, config.data.heldout_fraction, config.seed)
