@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from gemma_qat import errors
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.quant import formats
@@ -101,6 +102,20 @@ def dequantized(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     weights[name] = to_float32(weight)
     rules.check_finite(f'{checkpoint.source}: {name}', weights[name])
   return weights
+
+
+def tokenizer(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
+  """Returns the tokenizer.
+
+  Raises:
+    UserError: the checkpoint has none.
+  """
+  if checkpoint.tokenizer is None:
+    raise errors.UserError(
+        f'{checkpoint.source} has no tokenizer that can be read: put its '
+        'tokenizer.model beside it.'
+    )
+  return checkpoint.tokenizer
 
 
 def to_float32(weight: 'np.ndarray | Stored') -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
 from gemma_qat.commands import networks
@@ -132,7 +133,7 @@ def _by_jax(models, text, context, chunks, against, on_chunk):
   loaded, tokens, bos = {}, None, None
   for name, model in models.items():
     checkpoint = detect.load(model)
-    tokenizer = networks.tokenizer(checkpoint)
+    tokenizer = checkpoints.tokenizer(checkpoint)
     ids = tokenizer.encode(text, bos=True)
     if tokens is not None and not np.array_equal(ids, tokens):
       raise errors.UserError(

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
@@ -27,13 +26,3 @@ def load(checkpoint: checkpoints.Checkpoint, dtype: str = 'float32'):
       attention=settings.fast_attention(),
   )
   return model, jax.tree.map(jnp.asarray, params)
-
-
-def tokenizer(checkpoint: checkpoints.Checkpoint):
-  """Returns the tokenizer, or a UserError where there is none."""
-  if checkpoint.tokenizer is None:
-    raise errors.UserError(
-        f'{checkpoint.source} has no tokenizer that can be read: put its '
-        'tokenizer.model beside it.'
-    )
-  return checkpoint.tokenizer

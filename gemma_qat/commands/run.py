@@ -100,11 +100,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
           'qat': files['qat'].stat().st_size,
       },
       jax=by_jax,
+      on_jax_chunks=same or None,
   )
-  if same:
-    report['llama_cpp_on_the_chunks_of_jax'] = {
-        name: f.as_dict() for name, f in same.items()
-    }
   reporting.write(workdir, report, metrics.read(workdir))
   return report, fidelities
 

@@ -2,10 +2,10 @@
 
 import argparse
 import os
-import sys
 from typing import Iterator
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.commands import networks
 from gemma_qat.model import sampling
@@ -43,7 +43,7 @@ def sample(
         'first must be 1 or more, the second 0 or more.'
     )
   checkpoint = detect.load(source)
-  tokenizer = networks.tokenizer(checkpoint)
+  tokenizer = checkpoints.tokenizer(checkpoint)
   model, params = networks.load(checkpoint)
   stop = {tokenizer.eos_id, tokenizer.end_of_turn_id}
   tokens, said = [], ''

@@ -8,7 +8,7 @@ import pathlib
 import re
 from typing import Any, Mapping
 
-REPORT = 'experiments/results/gemma3_270m_cpu.json'
+REPORT = 'experiments/results/gemma3_270m_cpu/report.json'
 _MARKS = re.compile(r'(<!-- result -->\n).*?(\n<!-- /result -->)', re.DOTALL)
 
 

@@ -111,10 +111,15 @@ def _jax(report):
         f'the first {jax["chunks"]} of the {report["chunks"]} chunks (so the '
         "figures are not to be compared with llama.cpp's of all chunks)"
     )
+  same = report['llama_cpp_on_jax_chunks']
   return '\n\n'.join((
       f'Beside it, the same models computed by JAX on {which}:',
       _fidelity_table(jax),
       _recovered(jax),
+      *(() if same is None else (
+          'and by llama.cpp on the very chunks that JAX read:',
+          _fidelity_table(same),
+      )),
   ))
 
 

@@ -78,6 +78,7 @@ def make_report(
     measured: Measurement,
     file_bytes: Mapping[str, int],
     jax: Fidelities | None = None,
+    on_jax_chunks: Fidelities | None = None,
 ) -> dict[str, Any]:
   """Assembles the numbers of a run.
 
@@ -90,6 +91,7 @@ def make_report(
     file_bytes: of 'base_bf16', 'ptq' and 'qat'.
     jax: the same three models by the JAX engine, at the same context; perhaps
       on fewer chunks of the same text.
+    on_jax_chunks: by llama.cpp again, on the very chunks that JAX read.
 
   Returns:
     What `report.json` holds: only dicts, lists, strings, numbers and None.
@@ -112,6 +114,9 @@ def make_report(
       **_figures(measured.fidelities),
       'bytes': {k: file_bytes[k] for k in ('base_bf16', 'ptq', 'qat')},
       'jax': None if jax is None else _figures(jax),
+      'llama_cpp_on_jax_chunks': (
+          None if on_jax_chunks is None else _figures(on_jax_chunks)
+      ),
       'seconds_by_phase': {
           k: v for k, v in seconds.items() if k != 'total'
       },

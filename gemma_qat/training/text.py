@@ -46,15 +46,11 @@ def read(
   Raises:
     UserError: no tokenizer, or too little text.
   """
-  if base.tokenizer is None:
-    raise errors.UserError(
-        f'{base.source} has no tokenizer that can be read: put its '
-        'tokenizer.model beside it.'
-    )
+  tokenizer = checkpoints.tokenizer(base)
   training, heldout = documents(config)
   size, length = config.train.batch_size, config.train.length
   make = lambda some, seed: pipeline.make_dataset(
-      some, base.tokenizer, size, length, seed, cache_dir=workdir / 'tokens'
+      some, tokenizer, size, length, seed, cache_dir=workdir / 'tokens'
   )
   count = -(-config.quant.calibration_tokens // (size * length))
   take = lambda batches, n: [next(batches) for _ in range(n)]
@@ -63,7 +59,7 @@ def read(
       heldout=take(make(heldout, config.seed), config.train.heldout_batches),
       # Another order than training's, so that the first batches differ.
       calibrating=lambda: take(make(training, config.seed + 1), count),
-      digest=pipeline.digest(training, base.tokenizer),
+      digest=pipeline.digest(training, tokenizer),
   )
 
 

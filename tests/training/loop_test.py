@@ -19,7 +19,6 @@ from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import huggingface
 from gemma_qat.checkpoints import orbax_files
-from gemma_qat.model import config as model_config
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 

@@ -1,6 +1,5 @@
 """A run's numbers are in its workdir, once each."""
 
-import pytest
 
 from gemma_qat.training import metrics
 

@@ -10,8 +10,6 @@ import small_model
 from gemma_qat import errors
 from gemma_qat import losses
 from gemma_qat import sharding
-from gemma_qat.quant import lattice
-from gemma_qat.training import settings
 from gemma_qat.training import student as student_lib
 
 TOKENS = small_model.BATCH['tokens']
