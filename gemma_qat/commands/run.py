@@ -157,7 +157,7 @@ def _base_name(config):
 
 
 class _Clock:
-  """Adds up the seconds of each phase, over all sessions of a workdir."""
+  """The seconds of each phase; those of training over all its sessions."""
 
   def __init__(self, workdir):
     self._path = workdir / SECONDS
@@ -172,7 +172,9 @@ class _Clock:
       yield
     finally:
       spent = time.monotonic() - start
-      self._seconds[name] = self._seconds.get(name, 0.0) + spent
+      # Export and evaluation are done anew, training goes on.
+      before = self._seconds.get(name, 0.0) if name == 'train' else 0.0
+      self._seconds[name] = before + spent
       if self._path.parent.is_dir():
         with atomic.whole_file(self._path) as temporary:
           pathlib.Path(temporary).write_text(
