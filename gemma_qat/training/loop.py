@@ -54,6 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
 
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, s.quant)
+  _check_mesh(mesh, base.config, plan, s.train.batch_size)
   _say(f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
        f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products')
   params = weights.stack(base.config, checkpoints.dequantized(base))
@@ -136,6 +137,15 @@ def _go(s, mesh, job, text, writer, save, stop):
         raise errors.Stopped(
             f'Stopped after step {n}; the same command goes on.'
         )
+
+
+def _check_mesh(mesh, config, plan, batch_size):
+  """Refuses a mesh that does not fit, before text is read or codes found."""
+  sharding.check(mesh, 'config.train.batch_size', (batch_size,), ('batch',))
+  for path, spec in weights.tree_specs(config).items():
+    sharding.check(
+        mesh, path, spec.shape, spec.axes, block=32 if path in plan else 1
+    )
 
 
 def _check_finite(step, row):

@@ -215,3 +215,11 @@ def test_less_held_out_text_than_a_batch_is_refused(make_config, tmp_path):
   config = make_config(batch_size=4096)
   with pytest.raises(errors.UserError, match='fewer than one batch of 4096'):
     loop.train(config, tmp_path)
+
+
+def test_a_batch_that_does_not_split_over_the_mesh_is_refused_early(tmp_path):
+  config = base.get_config('tiny').unlock()
+  config.train.batch_size = 6
+  with pytest.raises(errors.UserError, match='batch_size.*8 equal parts'):
+    loop.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'tokens').exists()
