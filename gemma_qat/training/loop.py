@@ -55,6 +55,9 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, s.quant)
   _check_mesh(mesh, base.config, plan, s.train.batch_size)
+  # Wrong rules are found now, not after minutes of calibration.
+  student_lib.check_start(plan, s.quant.start)
+  student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
   _say(f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
        f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products')
   params = weights.stack(base.config, checkpoints.dequantized(base))

@@ -23,6 +23,9 @@ from gemma_qat.training import settings
 
 Flat = Mapping[str, Any]
 
+# The parts of a node, by mode; the other modes' nodes are plain arrays.
+_PARTS = {'codes': ('codes', 'scale'), 'learned': ('master', 'scale')}
+
 
 def make_plan(config: model_config.ModelConfig, s: settings.QuantSettings):
   """Decides the format and mode of every quantized weight.
@@ -75,12 +78,7 @@ def init_student(
     The student's tree.
   """
   specs = weights.tree_specs(config)
-  if start != 'reference' and any(m == 'derived' for _, m, _ in plan.values()):
-    raise errors.UserError(
-        f"config.quant.start={start} finds scales, but the mode 'derived' "
-        "computes its own from the weights at every step: use the mode "
-        "'learned' or 'codes', or start='reference'."
-    )
+  check_start(plan, start)
   tree = {}
   for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
     rules.check_finite(path, leaf)
@@ -95,9 +93,33 @@ def init_student(
     else:
       tree[path] = lattice.init_node(leaf, fmt, mode, contraction)
     on_weight(path)
-  return traverse_util.unflatten_dict(
-      _split_nodes(tree), sep='/'
-  )
+  return traverse_util.unflatten_dict(tree, sep='/')
+
+
+def check_start(plan, start: str) -> None:
+  """Refuses, before any work, a start that a mode of the plan cannot take.
+
+  Raises:
+    UserError: the start finds scales, a mode derives its own.
+  """
+  if start != 'reference' and any(m == 'derived' for _, m, _ in plan.values()):
+    raise errors.UserError(
+        f"config.quant.start={start} finds scales, but the mode 'derived' "
+        "computes its own from the weights at every step: use the mode "
+        "'learned' or 'codes', or start='reference'."
+    )
+
+
+def outline(config: model_config.ModelConfig, plan) -> dict:
+  """Returns the student's tree with None for every leaf.
+
+  Enough for `groups` to judge the training rules before the student is made.
+  """
+  tree = {path: None for path in weights.tree_specs(config)}
+  for path, (_, mode, _) in plan.items():
+    if mode in _PARTS:
+      tree[path] = dict.fromkeys(_PARTS[mode])
+  return traverse_util.unflatten_dict(tree, sep='/')
 
 
 def groups(student: Mapping[str, Any], train_rules: settings.Rules):
@@ -208,14 +230,3 @@ def _coordinated(weight, spec, gram, start):
     scale.append(np.asarray(found.scale))
   blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
   return np.stack(codes).reshape(weight.shape), np.stack(scale).reshape(blocks)
-
-
-def _split_nodes(tree: Flat) -> dict:
-  """Gives the parts of each node their own paths."""
-  flat = {}
-  for path, leaf in tree.items():
-    if isinstance(leaf, Mapping):
-      flat |= {f'{path}/{name}': part for name, part in leaf.items()}
-    else:
-      flat[path] = leaf
-  return flat

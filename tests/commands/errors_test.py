@@ -78,6 +78,22 @@ def test_a_rule_that_matches_nothing(tmp_path, capsys):
   assert not (tmp_path / 'w' / 'checkpoints').exists()
 
 
+@pytest.mark.parametrize('rules, word', [
+    ("(('nothing', 'scales'),)", 'nothing'),
+    ("(('attn_q', 'scales'),)", 'codes have no gradient'),
+])
+def test_a_training_rule_that_cannot_be_fails_early(
+    tmp_path, capsys, rules, word
+):
+  workdir = tmp_path / 'w'
+  assert cli.main([
+      'train', _CONFIG, f'--workdir={workdir}', f'--config.train.rules={rules}',
+  ]) == 2
+  assert word in capsys.readouterr().err
+  # Neither text was read nor codes were found.
+  assert not (workdir / 'tokens').exists()
+
+
 def test_a_workdir_of_another_config(finished, texts, capsys):
   workdir, _, _ = finished
   _fails(capsys, [

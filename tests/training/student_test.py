@@ -102,6 +102,14 @@ def test_join_undoes_split(student):
     assert joined[path] is leaf
 
 
+@pytest.mark.parametrize('mode', ['derived', 'learned', 'codes', 'fixed'])
+def test_the_outline_has_the_leaves_of_the_student(params, mode):
+  plan = small_model.make_plan_of(mode)
+  student = small_model.init_student(params, plan)
+  outline = student_lib.outline(small_model.CONFIG, plan)
+  assert small_model.flat(outline).keys() == small_model.flat(student).keys()
+
+
 # What the student computes.
 
 
