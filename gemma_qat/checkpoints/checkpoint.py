@@ -11,8 +11,13 @@ import numpy as np
 from gemma_qat import errors
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
+from gemma_qat.model import vision as vision_config
 from gemma_qat.quant import formats
 from gemma_qat.quant import rules
+
+
+# Values in one piece of a weight: 64 MB in float32.
+_PIECE = 2**24
 
 
 class Stored(NamedTuple):
@@ -29,15 +34,17 @@ class Entry(NamedTuple):
   """A weight that has not been read yet.
 
   type: as the layout calls it: 'Q4_0', 'F32', 'BF16' ... format: our name of
-  it if `read` returns `Stored`, None if it returns float32 of `shape`.
-  num_bytes: in the file.
+  it if `read` returns `Stored`, None if it returns an array of `shape`.
+  num_bytes: in the file. read: takes a slice of the outermost axis, which is
+  never a contracted one, and returns those rows alone, having read no others
+  where the file allows it.
   """
 
   type: str
   format: str | None
   shape: tuple[int, ...]
   num_bytes: int
-  read: Callable[[], 'np.ndarray | Stored']
+  read: Callable[[slice], 'np.ndarray | Stored']
 
 
 class Weights(Mapping):
@@ -50,7 +57,26 @@ class Weights(Mapping):
     self._entries = dict(entries)
 
   def __getitem__(self, name: str) -> 'np.ndarray | Stored':
-    return self._entries[name].read()
+    return self._entries[name].read(slice(None))
+
+  def pieces(
+      self, name: str, largest: int = _PIECE
+  ) -> 'Iterator[tuple[slice, np.ndarray | Stored]]':
+    """Reads one weight in slices of its outermost axis, in order.
+
+    The embedding of 27B alone is 5.6 GB in float32: what handles weights of
+    any size goes through here.
+
+    Args:
+      name: of the weight.
+      largest: how many values a piece has at the most (at least one row).
+    """
+    entry = self._entries[name]
+    row = int(np.prod(entry.shape[1:], dtype=np.int64))
+    step = max(1, largest // max(1, row))
+    for start in range(0, entry.shape[0], step):
+      rows = slice(start, min(start + step, entry.shape[0]))
+      yield rows, entry.read(rows)
 
   def __contains__(self, name: object) -> bool:
     return name in self._entries
@@ -67,6 +93,18 @@ class Weights(Mapping):
     return dict(self._entries)
 
 
+class Vision(NamedTuple):
+  """The vision tower and projector beside a text model.
+
+  Names and shapes of the weights are those of `vision.specs(config)`; reading
+  one gives the file's own dtype, so that it can pass through unchanged. The
+  projector's norm holds w of the gain (1 + w).
+  """
+
+  config: vision_config.VisionConfig
+  weights: Weights
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """A model that was read, or is ready to be read, from somewhere.
@@ -74,11 +112,15 @@ class Checkpoint:
   Attributes:
     config: The sizes.
     weights: By-layer name -> float32 array, or `Stored` where the file holds
-      codes of one of our formats. Norms hold w of the gain (1 + w).
+      codes of one of our formats. Norms hold w of the gain (1 + w), in
+      float64 where the file holds the gain and float32 could not say w.
     tokenizer: None where the source has none.
     metadata: What else the source says about itself: plain values.
     source: Path or name, for messages.
-    layout: 'gguf', 'huggingface', 'orbax' or 'random'.
+    layout: 'gguf', 'huggingface', 'orbax', 'gemma' or 'random'.
+    vision: The tower of 4B and larger, where the source has it.
+    extras: Small files of a Hugging Face folder that say more than `config`
+      and `tokenizer` do: name -> contents.
 
   Invariant: names and shapes are those of `weights.by_layer_specs(config)`.
   """
@@ -89,6 +131,31 @@ class Checkpoint:
   metadata: dict[str, Any]
   source: str
   layout: str
+  vision: Vision | None = None
+  extras: Mapping[str, bytes] = dataclasses.field(
+      default_factory=dict, repr=False
+  )
+
+
+def from_arrays(
+    arrays: Mapping[str, 'np.ndarray | Stored | tuple[str, formats.Quantized]'],
+) -> Weights:
+  """Makes `Weights` of what lies in memory already."""
+  entries = {}
+  for name, value in arrays.items():
+    if isinstance(value, tuple):
+      stored = Stored(*value)
+      codes, scale = stored.quantized
+      entries[name] = Entry(
+          stored.format.upper(), stored.format, tuple(np.shape(codes)),
+          codes.nbytes + scale.nbytes, functools.partial(_cut, stored),
+      )
+    else:
+      value = np.asarray(value)
+      entries[name] = Entry(
+          str(value.dtype), None, value.shape, value.nbytes, value.__getitem__
+      )
+  return Weights(entries)
 
 
 def dequantized(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -123,6 +190,14 @@ def to_float32(weight: 'np.ndarray | Stored') -> np.ndarray:
   if isinstance(weight, Stored):
     return np.asarray(_dequantize(formats.get(weight.format), weight.quantized))
   return np.asarray(weight, np.float32)
+
+
+def _cut(stored, rows):
+  codes, scale = stored.quantized
+  return Stored(
+      stored.format,
+      formats.Quantized(np.asarray(codes)[rows], np.asarray(scale)[rows]),
+  )
 
 
 # Jitted, the embedding of the 270M takes a tenth of the time.

@@ -121,12 +121,12 @@ def _choose(entry, choice, contraction):
   )
 
 
-def _as_float(read: Callable[[], Any]):
-  return checkpoints.to_float32(read())
+def _as_float(read: Callable[[slice], Any], rows):
+  return checkpoints.to_float32(read(rows))
 
 
-def _as_codes(read, number_format, contraction):
-  weight = read()
+def _as_codes(read, number_format, contraction, rows):
+  weight = read(rows)
   if isinstance(weight, checkpoints.Stored):
     if weight.format == number_format.name:
       return weight

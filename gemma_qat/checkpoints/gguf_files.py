@@ -229,6 +229,6 @@ def _weights(source, config, tensors):
   return checkpoints.Weights(entries)
 
 
-def _read(source, tensor, spec):
+def _read(source, tensor, spec, rows):
   data = gguf_header.read_bytes(source, tensor)
-  return gguf_tensors.decode(data, tensor, spec)
+  return gguf_tensors.decode(data, tensor, spec, rows)

@@ -108,9 +108,10 @@ def encode(planned: Planned, tensor: Tensor) -> np.ndarray:
       scale = np.asarray(quantized.scale).astype(np.float16)
     _check_finite(planned, scale)
     return np.ascontiguousarray(formats.get(name).pack(quantized))
-  values = np.asarray(tensor, np.float32).reshape(planned.shape)
   if names.is_norm(planned.spec):
-    values = values + np.float32(1)
+    # In float64, see `decode`: the sum is rounded once.
+    tensor = (np.asarray(tensor, np.float64) + 1)
+  values = np.asarray(tensor).astype(np.float32)
   with np.errstate(over='ignore'):
     values = values.astype(_DTYPES[planned.type.name])
   _check_finite(planned, values)
@@ -121,6 +122,7 @@ def decode(
     data: np.ndarray,
     tensor: gguf_header.Tensor,
     spec: model_weights.WeightSpec,
+    rows: slice = slice(None),
 ) -> np.ndarray | checkpoints.Stored:
   """Undoes `encode` for any readable type.
 
@@ -129,23 +131,32 @@ def decode(
       the weight has (a padded vocabulary), which are dropped.
     tensor: how the file describes them.
     spec: the weight.
+    rows: the part of its outermost axis that is wanted.
 
   Returns:
-    Codes and scales where one of our formats has the type, else float32.
+    Codes and scales where one of our formats has the type, else float32; of
+    norms w, which is the gain minus 1, in float64: float32 could not say it
+    of gains below 0.5, and they would not come back as they were.
   """
   kind = tensor.type.name
-  shape = names.file_shape(spec)
-  row_bytes = tensor.num_bytes // (tensor.shape[0] if len(shape) == 2 else 1)
-  rows = data.reshape(-1, row_bytes)[: shape[0] if len(shape) == 2 else 1]
+  if names.is_norm(spec):
+    gains = data.view(_DTYPES[kind]) if kind in _DTYPES else (
+        gguf.quants.dequantize(data[None], tensor.type)[0]
+    )
+    return (gains.astype(np.float64) - 1)[rows]
+  # The outermost axis may stand for several rows of the file: heads do.
+  start, stop, _ = rows.indices(spec.shape[0])
+  shape = (stop - start, *spec.shape[1:])
+  per_step = names.file_shape(spec)[0] // spec.shape[0]
+  data = data.reshape(tensor.shape[0], -1)[start * per_step : stop * per_step]
   if (name := our_format(tensor, spec)) is not None:
-    return checkpoints.Stored(name, formats.get(name).unpack(rows, spec.shape))
+    return checkpoints.Stored(name, formats.get(name).unpack(data, shape))
   if kind in _DTYPES:
     # A copy: a view would keep the file open, and BF16 is not float32 anyway.
-    values = rows.reshape(-1).view(_DTYPES[kind]).astype(np.float32)
+    values = data.reshape(-1).view(_DTYPES[kind]).astype(np.float32)
   else:
-    values = gguf.quants.dequantize(rows, tensor.type)
-  values = values.reshape(spec.shape)
-  return values - np.float32(1) if names.is_norm(spec) else values
+    values = gguf.quants.dequantize(data, tensor.type)
+  return values.reshape(shape)
 
 
 def our_format(

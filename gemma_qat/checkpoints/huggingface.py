@@ -186,11 +186,13 @@ def _weights(specs, file_names, found):
   return checkpoints.Weights(entries)
 
 
-def _read(path, name, spec):
+def _read(path, name, spec, rows):
+  # Not to the end: the embedding may be padded beyond the vocabulary.
+  start, stop, _ = rows.indices(spec.shape[0])
+  per_step = names.file_shape(spec)[0] // spec.shape[0]
   with _open(path) as f:
-    # The embedding may be padded with rows beyond the vocabulary.
-    rows = f.get_slice(name)[: names.file_shape(spec)[0]]
-  return rows.astype(np.float32).reshape(spec.shape)
+    values = f.get_slice(name)[start * per_step : stop * per_step]
+  return values.astype(np.float32).reshape(stop - start, *spec.shape[1:])
 
 
 def _tokenizer(folder, config):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gemma_qat import errors
 from gemma_qat.model import config as model_config
+from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights
 
 
@@ -54,11 +55,55 @@ LAYER = {
 HUGGINGFACE_PREFIXES = (
     'model.', 'language_model.model.', 'model.language_model.'
 )
-# What stands beside the text model in checkpoints with vision.
+# What stands beside the text model in checkpoints with vision, behind 'model.'
+# in some of them.
 HUGGINGFACE_VISION = (
     'vision_tower.', 'multi_modal_projector.',
     'model.vision_tower.', 'model.multi_modal_projector.',
 )
+
+# The tower: our name -> the whole name in either layout.
+VISION_OUTER = {
+    'patches/kernel': FileNames(
+        'v.patch_embd.weight',
+        'vision_tower.vision_model.embeddings.patch_embedding.weight',
+    ),
+    'patches/bias': FileNames(
+        'v.patch_embd.bias',
+        'vision_tower.vision_model.embeddings.patch_embedding.bias',
+    ),
+    'positions': FileNames(
+        'v.position_embd.weight',
+        'vision_tower.vision_model.embeddings.position_embedding.weight',
+    ),
+    'post_norm/scale': FileNames(
+        'v.post_ln.weight', 'vision_tower.vision_model.post_layernorm.weight'
+    ),
+    'post_norm/bias': FileNames(
+        'v.post_ln.bias', 'vision_tower.vision_model.post_layernorm.bias'
+    ),
+    'projector/kernel': FileNames(
+        'mm.input_projection.weight',
+        'multi_modal_projector.mm_input_projection_weight',
+    ),
+    'projector/norm': FileNames(
+        'mm.soft_emb_norm.weight',
+        'multi_modal_projector.mm_soft_emb_norm.weight',
+    ),
+}
+# GGUF names stand behind 'v.blk.<i>.', Hugging Face ones behind
+# 'vision_tower.vision_model.encoder.layers.<i>.'; both are followed by
+# '.weight' or '.bias'.
+VISION_LAYER = {
+    'norm_1': FileNames('ln1', 'layer_norm1'),
+    'norm_2': FileNames('ln2', 'layer_norm2'),
+    'attn_q': FileNames('attn_q', 'self_attn.q_proj'),
+    'attn_k': FileNames('attn_k', 'self_attn.k_proj'),
+    'attn_v': FileNames('attn_v', 'self_attn.v_proj'),
+    'attn_o': FileNames('attn_out', 'self_attn.out_proj'),
+    'mlp_up': FileNames('ffn_up', 'mlp.fc1'),
+    'mlp_down': FileNames('ffn_down', 'mlp.fc2'),
+}
 
 
 def gguf(config: model_config.ModelConfig) -> dict[str, str]:
@@ -79,6 +124,23 @@ def huggingface(
                       else f'layers.{layer}.{n.huggingface}.weight')
       for name, layer, n in _rows(config)
   }
+
+
+def vision(config: vision_config.VisionConfig) -> dict[str, FileNames]:
+  """Maps the tower's names to those of GGUF and Hugging Face, in file order."""
+  found = {}
+  for name in vision_config.specs(config):
+    if name in VISION_OUTER:
+      found[name] = VISION_OUTER[name]
+      continue
+    layer, kind, part = name.split('/')
+    i, n = layer.removeprefix('layer_'), VISION_LAYER[kind]
+    end = 'bias' if part == 'bias' else 'weight'
+    found[name] = FileNames(
+        f'v.blk.{i}.{n.gguf}.{end}',
+        f'vision_tower.vision_model.encoder.layers.{i}.{n.huggingface}.{end}',
+    )
+  return found
 
 
 def file_shape(spec: weights.WeightSpec) -> tuple[int, ...]:

@@ -229,7 +229,8 @@ def _weights(step, config, plan, student):
   return checkpoints.Weights(entries)
 
 
-def _read(node, entry):
+def _read(node, entry, rows):
+  node = jax.tree.map(lambda a: a[rows], node)
   if entry is None:
     return np.asarray(node, np.float32)
   # A fixed node is compared with its own values, which jit cannot do.

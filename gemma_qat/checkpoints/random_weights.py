@@ -3,17 +3,20 @@
 import functools
 import zlib
 
+import ml_dtypes
 import numpy as np
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
-from gemma_qat.checkpoints import names
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
+from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
 
 _PREFIX = 'random:'
 _NORM_SPREAD = 0.1
+# Values that are drawn together: reading a few rows should not draw them all.
+_BLOCK = 2**22
 
 
 def is_name(name: str) -> bool:
@@ -22,11 +25,12 @@ def is_name(name: str) -> bool:
 
 
 def load(name: str) -> checkpoints.Checkpoint:
-  """Makes the checkpoint of 'random:VARIANT' or 'random:VARIANT:SEED'.
+  """Makes the checkpoint of 'random:VARIANT[+vision][:SEED]'.
 
   Matrices are normal with standard deviation 1 / sqrt(row length), gains
   about 1. A weight depends on seed and name alone: reading it again gives the
-  same numbers. `tiny` comes with the tiny tokenizer, the others with none.
+  same numbers. `tiny` comes with the tiny tokenizer, the others with none;
+  '+vision' adds a tower of bfloat16 values, a small one beside `tiny`.
 
   Raises:
     UserError: unknown variant, or a seed that is no number.
@@ -37,28 +41,69 @@ def load(name: str) -> checkpoints.Checkpoint:
         f'{name!r} has the seed {seed!r}: give a whole number, as in '
         'random:tiny:1.'
     )
-  config = model_config.variant(variant)
-  entries = {}
-  for weight, spec in model_weights.by_layer_specs(config).items():
-    entries[weight] = checkpoints.Entry(
-        'random', None, spec.shape, 4 * int(np.prod(spec.shape)),
-        functools.partial(_draw, int(seed or 0), weight, spec),
+  variant, plus, extra = variant.partition('+')
+  if plus and extra != 'vision':
+    raise errors.UserError(
+        f'{name!r} adds {extra!r}: only vision can be added, as in '
+        'random:tiny+vision.'
     )
+  config = model_config.variant(variant)
   is_tiny = variant == 'tiny'
+  draw = functools.partial(_draw, int(seed or 0))
   return checkpoints.Checkpoint(
       config=config,
-      weights=checkpoints.Weights(entries),
+      weights=_weights(model_weights.by_layer_specs(config), np.float32, draw),
       tokenizer=(
           tokenizers.tiny_tokenizer(config.vocab_size) if is_tiny else None
       ),
       metadata={'seed': int(seed or 0)},
       source=name,
       layout='random',
+      vision=_vision(config, is_tiny, draw) if plus else None,
   )
 
 
-def _draw(seed, name, spec):
-  generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
-  spread = _NORM_SPREAD if names.is_norm(spec) else spec.row_length**-0.5
-  values = generator.standard_normal(spec.shape, np.float32)
-  return values * np.float32(spread)
+def _vision(config, is_tiny, draw):
+  sizes = vision_config.VisionConfig(text_dim=config.embed_dim)
+  if is_tiny:
+    # As odd as the real one: an MLP width that no block of 32 divides.
+    sizes = vision_config.VisionConfig(
+        text_dim=config.embed_dim, image_size=56, width=32, mlp_dim=72,
+        num_layers=2, num_heads=2, tokens_per_image=4,
+    )
+  specs = vision_config.specs(sizes)
+  return checkpoints.Vision(
+      sizes, _weights(specs, ml_dtypes.bfloat16, draw)
+  )
+
+
+def _weights(specs, dtype, draw):
+  return checkpoints.Weights({
+      name: checkpoints.Entry(
+          np.dtype(dtype).name, None, spec.shape,
+          np.dtype(dtype).itemsize * int(np.prod(spec.shape)),
+          functools.partial(draw, name, spec, dtype),
+      )
+      for name, spec in specs.items()
+  })
+
+
+def _draw(seed, name, spec, dtype, rows):
+  """Draws rows; each block of rows from a stream of its own."""
+  row = int(np.prod(spec.shape[1:], dtype=np.int64))
+  step = max(1, _BLOCK // row)
+  start, stop, _ = rows.indices(spec.shape[0])
+  key = [seed, zlib.crc32(name.encode())]
+  is_gain = len(spec.shape) == 1
+  spread = np.float32(_NORM_SPREAD if is_gain else spec.row_length**-0.5)
+  if not is_gain and not spec.contraction:
+    spread = np.float32(row**-0.5)
+  blocks = []
+  for block in range(start // step, -(-stop // step)):
+    first = block * step
+    count = min(step, spec.shape[0] - first)
+    generator = np.random.default_rng(key + [block] if block else key)
+    values = generator.standard_normal((count, *spec.shape[1:]), np.float32)
+    values *= spread
+    blocks.append(values[max(0, start - first) : stop - first].astype(dtype))
+  return np.concatenate(blocks)
