@@ -34,7 +34,6 @@ _CHUNK = 2**12
 _FIRST_WEIGHTS = 4
 _LARGEST_FLOAT16 = 65504.0
 _SMALLEST_FLOAT16 = 2.0**-24
-_FLOAT16_INFINITY = 0x7C00
 
 
 class Recovered(NamedTuple):
@@ -56,8 +55,10 @@ def recover_q4_0(
   """Finds the codes and scales that a weight was dequantized from.
 
   A block is found if some float16 scale and codes dequantize to exactly its 32
-  weights, once rounded to the type; the sign of a zero is ignored. Where
-  several do, see `_choose`. A block of zeros is found.
+  weights, once rounded to the type; the sign of a zero is ignored. Of several,
+  those with the highest level for the peak are taken, then the reference rule's
+  own scale, then one of bfloat16, then the middle one. Scales are positive
+  unless a code is 0. A block of zeros is found, as the reference rule has it.
 
   Args:
     weight: [..., last], last a multiple of 32; float32 or what casts to it.
@@ -142,9 +143,7 @@ def _find(blocks, stored_as):
   peak = magnitude.max(axis=0).view(np.float32)
   # Infinities and NaN are above, float32's subnormals below.
   possible = (peak >= _SMALLEST_FLOAT16) & (peak <= 8 * _LARGEST_FLOAT16)
-  # What has more bits than the type did not come from it.
-  strays = np.bitwise_or.reduce(magnitude, axis=0) & ((1 << missing) - 1)
-  left = np.flatnonzero(possible & (strays == 0))
+  left = np.flatnonzero(possible)
   # A block of zeros as the reference rule has it.
   found = peak == 0
   codes = np.full(weights.shape, _Q4_0.zero, np.int8)
@@ -183,8 +182,7 @@ def _explain(weights, peak, level, stored_as):
   """
   levels = np.rint(weights * (np.float32(level) / peak))
   first, last = _candidates(weights, levels, _MISSING_BITS[stored_as])
-  reference = (peak / 8).astype(np.float16).view(np.uint16).astype(np.int32)
-  d = _choose(first, last, reference)
+  d = _choose(first, last)
   # Only codes below zero reach level 8: it fixes the sign. Without it both
   # signs serve: positive, as symmetric quantizers have it.
   highest, lowest = levels.max(axis=0), levels.min(axis=0)
@@ -222,16 +220,17 @@ def _candidates(weights, levels, missing):
     above, below = lower.astype(np.float16), upper.astype(np.float16)
   first = above.view(np.uint16).astype(np.int32) + (above < lower)
   last = below.view(np.uint16).astype(np.int32) - (below > upper)
-  return first, np.minimum(last, _FLOAT16_INFINITY - 1)
+  return first, last
 
 
-def _choose(first, last, reference):
+def _choose(first, last):
   """Chooses among float16 bit patterns; all of them explain the block.
 
-  The reference rule's own first: requantizing then changes nothing. Else the
-  bfloat16 value nearest the middle: other files hold scales in bfloat16, and
-  whoever keeps to them means them. Else the middle: no choice can be further
-  from the unknown d than half the interval.
+  A bfloat16 value if there is one, the nearest to the middle: other files hold
+  scales in bfloat16, and whoever keeps to them means them. With the peak at
+  level 8 it is peak / 8, if that explains the block at all: the reference
+  rule's own, under which requantizing changes nothing. Else the middle: no
+  other is nearer to the unknown d at worst.
   """
   middle = (first + last) // 2
   # bfloat16 has 8 bits, float16 11 and fewer where it is subnormal.
@@ -240,6 +239,4 @@ def _choose(first, last, reference):
   )
   short = (middle + step // 2) // step * step
   pattern = np.where((first <= short) & (short <= last), short, middle)
-  own = (first <= reference) & (reference <= last)
-  pattern = np.where(own, reference, pattern)
   return pattern.astype(np.uint16).view(np.float16).astype(np.float32)

@@ -91,10 +91,9 @@ def test_any_scales_and_codes_are_found_again(stored_as, seed):
   # Level -8 is there, so the sign of d and with it the codes are unique.
   np.testing.assert_array_equal(result.codes, codes)
   off = np.abs(result.scale[:, 0] / scale - 1)
-  # Half an ulp of the type is the most that the weights leave open.
-  assert off.max() <= {'float32': 0, 'float16': 2**-10, 'bfloat16': 2**-7}[
-      stored_as
-  ]
+  # 8 * d loses nothing but in bfloat16, where two d of one peak are a step
+  # apart at most.
+  assert off.max() <= (2**-7 if stored_as == 'bfloat16' else 0)
 
 
 @pytest.mark.parametrize('peak', range(1, 8))
@@ -231,8 +230,8 @@ def _hard_blocks(rng, stored_as):
   levels *= rng.random(levels.shape) < rng.choice([0.1, 1.0], (len(peaks), 1))
   scale = _scales(rng, len(peaks), -24, 4)
   near = _values(levels + 8, scale, stored_as)
-  step = rng.choice([1 - 2.0**-8, 1, 1 + 2.0**-7], near.shape, p=[0.02, 0.96,
-                                                                0.02])
+  step = rng.choice([1 - 2.0**-8, 1, 1, 1, 1 + 2.0**-7], near.shape)
+  step = np.where(rng.random(near.shape) < 0.1, step, 1)
   units = rng.integers(-20, 21, (60, 32)) * rng.integers(0, 2, (60, 32))
   units *= rng.integers(1, 4, (60, 1))
   return np.concatenate(
