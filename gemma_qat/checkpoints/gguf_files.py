@@ -14,7 +14,9 @@ from gemma_qat.checkpoints import gguf_header
 from gemma_qat.checkpoints import gguf_metadata
 from gemma_qat.checkpoints import gguf_out
 from gemma_qat.checkpoints import gguf_tensors
+from gemma_qat.checkpoints import gguf_vision
 from gemma_qat.checkpoints import names
+from gemma_qat.checkpoints import padding
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
@@ -30,32 +32,30 @@ _COMPUTED = (
 def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   """Opens a GGUF; weights are read when they are asked for.
 
-  Everything is checked first: header, length of the file, names, shapes.
+  Everything is checked first: header, length of the file, names, shapes. The
+  vision tower comes from an mmproj in the same folder, if it fits the model.
 
   Raises:
     UserError: not a readable GGUF of a Gemma 3 text model (says why).
   """
   header = gguf_header.read(path)
   source = os.fspath(path)
+  tokenizer = gguf_metadata.read_tokenizer(header.metadata, source)
   embedding = header.tensors.get('token_embd.weight')
   rows = embedding.shape[0] if embedding else names.VOCABULARY
   config = gguf_metadata.read_config(
-      header.metadata, source, min(rows, names.VOCABULARY)
+      header.metadata, source,
+      padding.count_tokens(source, rows, tokenizer),
   )
-  tokenizer = gguf_metadata.read_tokenizer(header.metadata, source)
-  if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
-    raise errors.UserError(
-        f'{source} has {tokenizer.vocab_size:,} tokens, but {rows:,} rows in '
-        'its embedding: convert the model again.'
-    )
   _check(source, config, header.tensors)
   return checkpoints.Checkpoint(
       config=config,
       weights=_weights(source, config, header.tensors),
-      tokenizer=tokenizer,
+      tokenizer=padding.cut(tokenizer, config.vocab_size),
       metadata=_short(header.metadata),
       source=source,
       layout='gguf',
+      vision=_vision(path, config),
   )
 
 
@@ -182,6 +182,15 @@ def _check(source, config, tensors):
       {expected[n]: names.file_shape(s) for n, s in specs.items()},
       shapes,
   )
+
+
+def _vision(path, config):
+  beside = gguf_vision.beside(path)
+  if beside is None:
+    return None
+  vision = gguf_vision.load(beside)
+  # Some folder of downloads may hold the tower of another size.
+  return vision if vision.config.text_dim == config.embed_dim else None
 
 
 def _weights(source, config, tensors):
