@@ -14,9 +14,9 @@ from gemma_qat.reporting import vision_tower
 
 SIZES = ('270m', '1b', '4b', '12b', '27b')
 KV_TYPES = ('f16', 'bf16', 'f32', 'q8_0', 'q4_0')
+CONTEXT = 8192  # The default, where the model has as many.
 UBATCH = 512  # llama.cpp's default: tokens that go through the layers at once.
 
-_CONTEXT = 8192
 # llama.cpp rounds the number of cached tokens up to a multiple of this.
 _CACHE_PADDING = 256
 # What a driver keeps for its context and a desktop for its windows: assumed.
@@ -85,6 +85,11 @@ class Use:
   reserve: int | None = None
 
 
+def has_context(config: model_config.ModelConfig, use: Use) -> bool:
+  """Whether a model has the context that it is to be run with."""
+  return use.context is None or 0 < use.context <= config.context_length
+
+
 def estimate(
     config: model_config.ModelConfig,
     layout: str = 'q4_0',
@@ -99,7 +104,7 @@ def estimate(
   found = storage.layout(layout)
   context = use.context
   if context is None:
-    context = min(_CONTEXT, config.context_length)
+    context = min(CONTEXT, config.context_length)
   size_vision = (
       vision_tower.mmproj_bytes if found.header else vision_tower.folder_bytes
   )
@@ -165,7 +170,9 @@ def kv_cache(
   )
 
 
-def reserve_bytes(config: model_config.ModelConfig, ubatch: int = UBATCH) -> int:
+def reserve_bytes(
+    config: model_config.ModelConfig, ubatch: int = UBATCH
+) -> int:
   """Bytes that llama.cpp computes in, and the driver's.
 
   The float32 logits of a batch are most of its compute buffer: 512 MiB of the

@@ -145,6 +145,13 @@ def layout(name: str) -> Layout:
   return LAYOUTS[name]
 
 
+def has_whole_blocks(
+    config: model_config.ModelConfig, embedding: str
+) -> bool:
+  """Whether a row of the embedding is cut into whole blocks of a type."""
+  return config.embed_dim % TYPES[embedding].block == 0
+
+
 def weights(
     config: model_config.ModelConfig, name: str, embedding: str | None = None
 ) -> Weights:
@@ -165,11 +172,11 @@ def weights(
         f'{name} holds no {embedding!r} embedding: choose one of '
         f'{", ".join(dict.fromkeys(found.embeddings))}.'
     )
-  block = TYPES[embedding].block
-  if config.embed_dim % block:
+  if not has_whole_blocks(config, embedding):
     raise errors.UserError(
-        f'{embedding} has blocks of {block} weights, but an embedding row of '
-        f'{config.variant} has {config.embed_dim}: choose q8_0 for it.'
+        f'{embedding} has blocks of {TYPES[embedding].block} weights, but an '
+        f'embedding row of {config.variant} has {config.embed_dim}: choose '
+        f'{found.embeddings[0]} for it.'
     )
   sizes = dict.fromkeys(('matrices', 'embedding', 'norms'), 0)
   types = {
