@@ -2,8 +2,11 @@
 
 The report ("Memory footprints in GB", weights and weights with the KV cache of
 32,768 tokens "quantized in 8 bits") does not say. Each `RECIPES` entry is
-arithmetic that gives all its figures, found by trying; where several do, or a
-constant was fitted, it says so. Nothing here is known from its authors.
+arithmetic that gives all its figures, found by trying: for each column 484
+combinations (11 types of matrices x 11 of the embedding x weights counted or
+by name x GB or GiB), with a constant for the vision tower fitted to three
+figures. So many trials fit by chance too: a fitted entry is a guess, and says
+that it is fitted. Nothing here is known from the report's authors.
 """
 
 import dataclasses
@@ -105,21 +108,23 @@ RECIPES = {
         _blocks, 0.05,
         'GiB, not GB, it seems: Q4_0 matrices and a Q8_0 embedding, plus '
         '0.55 * 10^9 bytes from 4B on. That constant is fitted (10.5 bits a '
-        'weight of the tower); in GB none of the types tried fits.',
+        'weight of the tower), of 484 combinations tried one of two that fit; '
+        'the other, in GB, has no types that are in use (4.125 and 9 bits).',
     ),
     'int4': Recipe(
         'report, int4', 'int4', 'int4', _figures(0.5, 2.6, 6.6, 14.1), _int4,
         0.05,
         'half a byte times the number in the name (scales left out), plus 0.6 '
         'GB from 4B on. That constant is fitted (11.5 bits a weight of the '
-        'tower); some other types with another constant would do too. The '
-        "models' README says the same four figures.",
+        'tower), one of ten that fit of the 484. The models\' README says the '
+        'same four figures.',
     ),
     'kv': Recipe(
         'report, KV 32k', None, None, _figures(0.9, 4.7, 14.9, 18.7), _cache,
         0.06,
-        'it says 8 bits; the figures are 12 bytes a number, local layers at '
-        'their window: what 12 sequences take in 8 bits. One takes a twelfth. '
+        'it says 8 bits; the figures are 12 bytes a number (fitted), local '
+        'layers at their window: what 12 sequences would take in 8 bits; one '
+        'takes a twelfth. '
         'Every layer at 32,768 tokens and 16 bits gives 0.9, 4.6, 12.9, 16.6 '
         'and fits only the first two.',
     ),
