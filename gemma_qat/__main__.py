@@ -14,6 +14,7 @@ COMMANDS = {
     'quantize': 'write a GGUF without training (PTQ, the baseline)',
     'evaluate': 'perplexity, KL divergence and top-1 agreement of models',
     'sample': 'generate text',
+    'memory': 'what a size and format needs, before anything is downloaded',
     'inspect': 'what is in a model file: sizes, formats, metadata',
 }
 
