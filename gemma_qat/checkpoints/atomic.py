@@ -67,6 +67,16 @@ def whole_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: str | os.PathLike) -> None:
+  """Makes a folder and those above it.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  with _disk_errors(path):
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def check_space(path: str | os.PathLike, num_bytes: int) -> None:
   """Refuses, before long work, what does not fit the disk.
 

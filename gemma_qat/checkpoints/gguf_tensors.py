@@ -113,9 +113,12 @@ def pieces(
   """
   if planned.is_raw:
     entry = weights.entries[planned.name]
-    for rows, _ in weights.slices(planned.name):
-      data = entry.raw(rows)
-      yield data, data, data
+    for rows in weights.slices(planned.name):
+      # Stands for weights that nobody decodes: a shape without memory.
+      copied = np.broadcast_to(
+          np.float32(0), (rows.stop - rows.start, *entry.shape[1:])
+      )
+      yield entry.raw(rows), copied, copied
     return
   for _, piece in weights.pieces(planned.name):
     data = encode(planned, piece)
