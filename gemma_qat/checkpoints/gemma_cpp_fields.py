@@ -91,7 +91,7 @@ def model(
   most_tokens = min(config.context_length, _MOST_TOKENS)
   wrapping = _VISION if vision else _IT if is_chat else _PT
   return Record((
-      3, name, number, wrapping, TYPES['SFP'][0],
+      1, name, number, wrapping, TYPES['SFP'][0],
       config.num_layers, config.embed_dim, config.vocab_size, most_tokens,
       0,  # was the number of scales
       0.0, 0.0,  # no caps
@@ -215,7 +215,7 @@ def _query_scale(c):
   """gemma.cpp's enum QueryScaleType."""
   if c.query_scale_dim == c.head_dim:
     return 0
-  if c.query_scale_dim == c.embed_dim / c.num_heads:
+  if c.query_scale_dim == c.embed_dim // c.num_heads:
     return 1
   raise errors.UserError(
       f'gemma.cpp scales queries by the head width or by width / heads, not '
