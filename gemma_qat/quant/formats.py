@@ -18,6 +18,7 @@ from gemma_qat import errors
 from gemma_qat.quant import ggml
 from gemma_qat.quant import per_channel
 from gemma_qat.quant import rounding
+from gemma_qat.quant import sfp8
 from gemma_qat.quant import straight_through
 
 
@@ -225,7 +226,7 @@ FORMATS = {
             'int4', 4.0, per_channel.int4,
             lowest=-per_channel.INT4_MAX, highest=per_channel.INT4_MAX,
         ),
-        Format('sfp8', 8.0, per_channel.sfp8, decode=per_channel.sfp8_values),
+        Format('sfp8', 8.0, per_channel.sfp8, decode=sfp8.decode),
     )
 }
 

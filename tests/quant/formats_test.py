@@ -5,7 +5,7 @@ import pytest
 
 from gemma_qat import errors
 from gemma_qat.quant import formats
-from gemma_qat.quant import per_channel
+from gemma_qat.quant import sfp8
 
 
 def _weight(shape, seed=0):
@@ -92,7 +92,7 @@ def test_every_sfp8_byte_decodes_and_encodes_to_itself():
   byte = np.array([b for b in range(256) if b != 0x80], np.uint8)
   expected = np.array([_decode_sfp8(int(b)) for b in byte], np.float32)
   codes = byte.view(np.int8)
-  np.testing.assert_array_equal(per_channel.sfp8_values(codes), expected)
+  np.testing.assert_array_equal(sfp8.decode(codes), expected)
   # 1.875 is among them, so the channel's scale is 1.
   encoded, scale = formats.get('sfp8').quantize(jnp.asarray(expected[None]))
   np.testing.assert_array_equal(encoded[0], codes)
