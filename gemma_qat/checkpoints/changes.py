@@ -30,6 +30,30 @@ class Change:
     return math.sqrt(self.lost / self.kept) if self.kept else 0.0
 
 
+  def compare(self, written: np.ndarray, given: np.ndarray) -> None:
+    """Counts a piece: float32 arrays of one size, any shape."""
+    written = np.asarray(written, np.float32).reshape(-1)
+    given = np.asarray(given, np.float32).reshape(-1)
+    self.count += given.size
+    # float64 sums: of a billion squares, float32 would drop the last ones.
+    self.kept += float(np.sum(np.square(given, dtype=np.float64)))
+    # Zeros of either sign are the same weight.
+    difference = written - given
+    if not difference.any():
+      return
+    self.changed += int(np.count_nonzero(difference))
+    self.largest = max(self.largest, float(np.max(np.abs(difference))))
+    self.lost += float(np.sum(np.square(difference, dtype=np.float64)))
+
+  def __str__(self):
+    if not self.changed:
+      return 'exact'
+    return (
+        f'{self.changed / self.count:.1%} rounded, by {self.largest:.2g} at '
+        f'the most, {self.relative_rms:.2g} of their size (RMS)'
+    )
+
+
 class Changes:
   """Sums up changes by kind of weight; give `add` to a writer as `on_piece`.
   """
@@ -46,39 +70,18 @@ class Changes:
     """Counts a piece (see `checkpoint.OnPiece`); returns its weights."""
     change = self.by_kind[_kind(name)]
     size = _size(trained)
-    change.count += size
-    if written is not trained:
-      self._compare(change, written, trained)
+    if written is trained:
+      change.count += size
+    else:
+      change.compare(written, trained)
     return size
 
   def lines(self) -> list[str]:
     """Says of each kind whether it is exact or how much it changed."""
-    lines = []
-    for kind, c in self.by_kind.items():
-      if not c.count:
-        continue
-      if not c.changed:
-        lines.append(f'{kind:10} exact')
-        continue
-      lines.append(
-          f'{kind:10} {c.changed / c.count:.1%} rounded, by {c.largest:.2g} at '
-          f'the most, {c.relative_rms:.2g} of their size (RMS)'
-      )
-    return lines
-
-  def _compare(self, change, written, trained):
-    written = np.asarray(written, np.float32).reshape(-1)
-    trained = np.asarray(trained, np.float32).reshape(-1)
-    # Zeros of either sign are the same weight.
-    difference = written - trained
-    if not difference.any():
-      return
-    change.changed += int(np.count_nonzero(difference))
-    change.largest = max(change.largest, float(np.max(np.abs(difference))))
-    # float64 sums: of a billion squares, float32 would drop the last ones.
-    change.lost += float(np.sum(np.square(difference, dtype=np.float64)))
-    change.kept += float(np.sum(np.square(trained, dtype=np.float64)))
-
+    return [
+        f'{kind:10} {change}' for kind, change in self.by_kind.items()
+        if change.count
+    ]
 
 
 def _kind(name):

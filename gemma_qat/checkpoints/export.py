@@ -24,13 +24,14 @@ _LEAST_ON_LATTICE = 0.5
 
 
 class Exported(NamedTuple):
-  """paths: what was written. num_bytes: of tensors by type. changes: what
-  rounding did. recovery: blocks recovered. notes: more lines for people."""
+  """paths: what was written. num_bytes: of tensors by type. changes: what the
+  file could not hold of the numbers meant for it. rounding: how those came to
+  be, where plain weights became codes. notes: more lines for people."""
 
   paths: tuple[pathlib.Path, ...]
   num_bytes: dict[str, int]
   changes: changes.Changes
-  recovery: prepare.Recovery
+  rounding: prepare.Rounding
   notes: tuple[str, ...]
 
 
@@ -81,17 +82,16 @@ def convert(
       scales back; without, the reference rule rounds them.
   """
   layouts.check(target)
-  recovery, counted = prepare.Recovery(), changes.Changes()
+  rounding, counted = prepare.Rounding(), changes.Changes()
   prepared = prepare.prepare(
-      checkpoint, layouts.choices(checkpoint, target),
-      recovery if recover else None,
+      checkpoint, layouts.choices(checkpoint, target), rounding, recover
   )
   written = layouts.get(target.layout).write(
       prepared, pathlib.Path(path), target,
       lambda *piece: on_weights(counted.add(*piece)),
   )
   return Exported(
-      written.paths, written.num_bytes, counted, recovery, written.notes
+      written.paths, written.num_bytes, counted, rounding, written.notes
   )
 
 
@@ -115,7 +115,8 @@ def quantize(
   """
   floats = {n: f for n, f in choices.items() if f not in formats.FORMATS}
   prepared = prepare.prepare(
-      checkpoint, {**choices, **{n: 'float' for n in floats}}
+      checkpoint, {**choices, **{n: 'float' for n in floats}},
+      recover_lattices=False,
   )
   return layouts.save_gguf(prepared, path, floats)
 

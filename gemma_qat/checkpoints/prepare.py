@@ -12,6 +12,7 @@ from typing import Mapping
 import jax
 import numpy as np
 
+from gemma_qat.checkpoints import changes
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
@@ -31,22 +32,22 @@ _PROBED = 6
 
 
 @dataclasses.dataclass
-class Recovery:
-  """Counts the blocks that were found on a lattice, by weight."""
+class Rounding:
+  """Counts what happens to weights that become codes, as they are read.
 
-  found: dict[str, int] = dataclasses.field(default_factory=dict)
-  blocks: dict[str, int] = dataclasses.field(default_factory=dict)
+  Attributes:
+    found, blocks: blocks that were found on a lattice, and those looked at.
+    change: what the reference rule did to all weights that it rounded.
+  """
+
+  found: int = 0
+  blocks: int = 0
+  change: changes.Change = dataclasses.field(default_factory=changes.Change)
 
   @property
   def share(self) -> float | None:
-    """Of all blocks that were looked at; None if there were none."""
-    blocks = sum(self.blocks.values())
-    return sum(self.found.values()) / blocks if blocks else None
-
-  def add(self, name: str, found: np.ndarray) -> None:
-    """Counts one piece."""
-    self.found[name] = self.found.get(name, 0) + int(found.sum())
-    self.blocks[name] = self.blocks.get(name, 0) + found.size
+    """Recovered of all blocks looked at; None if there were none."""
+    return self.found / self.blocks if self.blocks else None
 
 
 def matrices(checkpoint: checkpoints.Checkpoint) -> list[str]:
@@ -91,7 +92,8 @@ def lattice_share(checkpoint: checkpoints.Checkpoint) -> float:
 def prepare(
     checkpoint: checkpoints.Checkpoint,
     choices: Mapping[str, str],
-    recovery: Recovery | None = None,
+    rounding: Rounding | None = None,
+    recover_lattices: bool = True,
 ) -> checkpoints.Checkpoint:
   """Returns the checkpoint with weights that read as chosen.
 
@@ -99,19 +101,23 @@ def prepare(
     checkpoint: any.
     choices: by-layer name -> format name, or 'float' for plain numbers;
       weights that are not named, and all norms, stay as they are.
-    recovery: counts recovered blocks; None recovers none, as PTQ wants it.
+    rounding: counts what is recovered and what rounded.
+    recover_lattices: False rounds everything by the reference rule, as PTQ
+      wants it.
   """
+  rounding = Rounding() if rounding is None else rounding
   specs = model_weights.by_layer_specs(checkpoint.config)
   entries = checkpoint.weights.entries
   for name, choice in choices.items():
     if specs[name].contraction:
       entries[name] = _choose(
-          name, entries[name], choice, specs[name].contraction, recovery
+          name, entries[name], choice, specs[name].contraction, rounding,
+          recover_lattices,
       )
   return dataclasses.replace(checkpoint, weights=checkpoints.Weights(entries))
 
 
-def _choose(name, entry, choice, contraction, recovery):
+def _choose(name, entry, choice, contraction, rounding, recover_lattices):
   if choice == 'float':
     if entry.format is None and entry.raw is None:
       return entry
@@ -123,13 +129,13 @@ def _choose(name, entry, choice, contraction, recovery):
   if entry.format == number_format.name:
     return entry
   stored_as = None
-  if recovery is not None and choice == 'q4_0' and entry.format is None:
+  if recover_lattices and choice == 'q4_0' and entry.format is None:
     stored_as = _FLOATS.get(entry.type)
   return entry._replace(
       type=number_format.ggml_type or choice, format=choice, raw=None,
       read=functools.partial(
           _as_codes, name, entry.read, number_format, contraction, stored_as,
-          recovery,
+          rounding,
       ),
   )
 
@@ -138,19 +144,28 @@ def _as_float(read, rows):
   return checkpoints.to_float32(read(rows))
 
 
-def _as_codes(name, read, number_format, contraction, stored_as, recovery,
+def _as_codes(name, read, number_format, contraction, stored_as, rounding,
               rows):
   weight = checkpoints.to_float32(read(rows))
   rules.check_finite(name, weight)
+  found = np.zeros(0, bool)
+  if stored_as:
+    rounding.blocks += weight.size // number_format.block
   if stored_as and recover.share_on_lattice(weight, stored_as):
     codes, scale, found = recover.recover_q4_0(weight, stored_as)
-    recovery.add(name, found)
+    rounding.found += int(found.sum())
     quantized = formats.Quantized(codes, scale)
   else:
-    if stored_as:
-      recovery.add(name, np.zeros(weight.size // number_format.block, bool))
     quantized = _quantize(number_format, contraction, weight)
-  return checkpoints.Stored(number_format.name, quantized)
+  stored = checkpoints.Stored(number_format.name, quantized)
+  if not found.size or not found.all():
+    seen = checkpoints.to_float32(stored)
+    if found.size:
+      # Of the recovered blocks the lattice counts, not its rounded floats.
+      lost = ~np.repeat(found.reshape(-1), number_format.block)
+      seen, weight = seen.reshape(-1)[lost], weight.reshape(-1)[lost]
+    rounding.change.compare(seen, weight)
+  return stored
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

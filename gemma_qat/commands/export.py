@@ -99,12 +99,13 @@ def show(exported: export_lib.Exported) -> None:
   held = ', '.join(f'{n / 1e6:,.1f} MB {t}'
                    for t, n in exported.num_bytes.items())
   print(f'Tensors: {held}; read back and equal to what was written.')
-  share = exported.recovery.share
-  if share is not None:
-    rest = '' if share == 1 else ', the others rounded by the reference rule'
-    print(f'{share:.2%} of the plain blocks lay on a Q4_0 lattice and were '
-          f'recovered{rest}.')
-  print('Against the weights that were to be written:')
+  rounding = exported.rounding
+  if rounding.share is not None:
+    print(f'{rounding.share:.2%} of the blocks of plain numbers lay on a Q4_0 '
+          'lattice and were recovered.')
+  if rounding.change.count:
+    print(f'Rounded to codes by the reference rule: {rounding.change}.')
+  print('The numbers in the files against those meant for them:')
   for line in (*exported.changes.lines(), *exported.notes):
     print(f'  {line}')
 
