@@ -6,8 +6,8 @@ through bfloat16, under two conditions:
   * bfloat16 and float16 both hold the scale, so that -8 times it is exact;
   * some weight has code 0, the level -8: the block is anchored. The largest
     positive level is 7, so it is this weight that the rule divides by -8.
-The other weights lose up to 2^-9 of themselves in bfloat16, at most 0.014 of a
-step: far from another code.
+The other weights move by up to 2^-8 of themselves in bfloat16, at most 0.028 of
+a step: far from another code.
 """
 
 import jax
@@ -74,7 +74,7 @@ def anchor(weight: jax.Array, d: jax.Array) -> jax.Array:
 def clip_scale(weight: jax.Array, d: jax.Array) -> jax.Array:
   """Brings scales [...] to where blocks [..., n] are anchored.
 
-  A margin of 2^-8 lets the scale be rounded afterwards.
+  A margin of 2^-8 lets the scale be rounded to bfloat16 afterwards.
   """
   reached = _REACHED * (1 + 2.0**-8)
   highest = jnp.maximum(jnp.min(weight, axis=-1) / reached, 0.0)

@@ -134,6 +134,11 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
   for _, name in s.rules:
     if name is not None:
       formats.get(name)
+  if s.bf16_safe_scales and 'q4_0' not in dict(s.rules).values():
+    raise errors.UserError(
+        'config.quant.bf16_safe_scales restricts the scales of q4_0, which no '
+        'rule of config.quant.rules gives: turn it off, or add such a rule.'
+    )
   _choice('config.quant.start', s.start, ('reference', 'search', 'gptq'))
   for _, mode in s.modes:
     _choice('config.quant.modes', mode, lattice.MODES)
