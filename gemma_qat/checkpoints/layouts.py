@@ -12,6 +12,7 @@ from typing import Callable, Mapping, NamedTuple
 from gemma_qat import errors
 from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import gemma_cpp_files
 from gemma_qat.checkpoints import gguf_files
 from gemma_qat.checkpoints import gguf_vision
 from gemma_qat.checkpoints import ollama
@@ -183,6 +184,12 @@ def _gguf(checkpoint, path, target, on_piece):
   return Written((*paths, modelfile), num_bytes, tuple(notes))
 
 
+def _gemma_cpp(checkpoint, path, target, on_piece):
+  del target
+  num_bytes = gemma_cpp_files.save(path, checkpoint, on_piece)
+  return Written((path,), num_bytes)
+
+
 def _lm_studio(folder, name, target):
   """LM Studio lists PUBLISHER/MODEL/FILE.gguf below its models folder."""
   if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', target.publisher):
@@ -203,4 +210,5 @@ LAYOUTS: dict[str, Layout] = {
         {'q4_0': 'q4_0', 'q8_0': 'q8_0', 'q6_k': 'float', **_FLOAT_CHOICES},
         'q8_0', _gguf,
     ),
+    'gemma_cpp': Layout({}, {}, None, _gemma_cpp),
 }

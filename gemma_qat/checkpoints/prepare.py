@@ -57,8 +57,9 @@ def matrices(checkpoint: checkpoints.Checkpoint) -> list[str]:
 
 
 def is_quantized(checkpoint: checkpoints.Checkpoint) -> bool:
-  """Whether any weight is codes and scales."""
-  return any(e.format for e in checkpoint.weights.entries.values())
+  """Whether any matrix of a layer is codes and scales."""
+  entries = checkpoint.weights.entries
+  return any(entries[name].format for name in matrices(checkpoint))
 
 
 def float_type(entry: checkpoints.Entry) -> str:

@@ -15,6 +15,7 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
+from gemma_qat.checkpoints import prepare
 from gemma_qat.commands import networks
 from gemma_qat.data import sources
 from gemma_qat.evaluation import jax_engine
@@ -160,7 +161,7 @@ def _as_gguf(stack, name, model):
   if checkpoint.layout == 'gguf':
     return checkpoint.source
   path = pathlib.Path(_temporary(stack)) / 'model.gguf'
-  if any(entry.format for entry in checkpoint.weights.entries.values()):
+  if prepare.is_quantized(checkpoint):
     export.export(checkpoint, path)
   else:
     export.save_float(checkpoint, path, 'bf16')
