@@ -52,8 +52,9 @@ def main():
   logits = np.asarray(logits, np.float32)[0]
   np.save(arguments.out, logits)
   print(
-      f'{type(model).__name__} logits {logits.shape}: mean {logits.mean():.6f}, '
-      f'standard deviation {logits.std():.6f}, largest {np.abs(logits).max():.4f}'
+      f'{type(model).__name__} logits {logits.shape}: mean '
+      f'{logits.mean():.6f}, standard deviation {logits.std():.6f}, largest '
+      f'{np.abs(logits).max():.4f}'
   )
 
 

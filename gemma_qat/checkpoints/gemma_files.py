@@ -6,7 +6,6 @@ what no shape says (window, RoPE, query scale) from the variant that has them.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 import math
 import os
@@ -18,12 +17,12 @@ import numpy as np
 from gemma_qat import errors
 from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import gemma_config
 from gemma_qat.checkpoints import gemma_names
 from gemma_qat.checkpoints import gemma_writer
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import orbax_arrays
 from gemma_qat.data import tokenizer as tokenizers
-from gemma_qat.model import config as model_config
 from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
 
@@ -31,8 +30,6 @@ _TOKENIZER = 'tokenizer.model'
 _READABLE = ('float32', 'float16', 'bfloat16')
 # Where Orbax puts the tree of a folder when not into the folder itself.
 _ITEMS = ('default', 'state', 'pytree', 'params')
-_SIZES = ('num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'num_kv_heads',
-          'head_dim')
 
 
 class _Part(tuple):
@@ -79,10 +76,11 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
         "that it lies in, as in Kaggle's gemma-3/flax."
     )
   found, ignored = _normal(str(folder), orbax_arrays.open_tree(folder))
-  config = _config(str(folder), found)
-  places = _gating(gemma_names.places(config), found, config)
+  shapes = {name: part.shape for name, part in found.items()}
+  config = gemma_config.read(str(folder), shapes)
+  places = gemma_config.turn_gating(gemma_names.places(config), shapes, config)
   specs = model_weights.by_layer_specs(config)
-  tower = _vision_config(found, config)
+  tower = gemma_config.read_vision(shapes, config.embed_dim)
   tower_specs = vision_config.specs(tower) if tower else {}
   tower_places = gemma_names.vision_places(tower) if tower else {}
   rows, *rest = found[places['embedding'].key].shape
@@ -92,9 +90,7 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
         tower_specs, tower_places, tower.num_heads
     )
   wanted[places['embedding'].key] = (rows, *rest)
-  names.check_shapes(
-      str(folder), wanted, {n: part.shape for n, part in found.items()}
-  )
+  names.check_shapes(str(folder), wanted, shapes)
   metadata = {'dtype': found['final_norm/scale'][0].dtype.name}
   if ignored:
     metadata['ignored_tensors'] = ignored
@@ -166,81 +162,6 @@ def _normal(source, arrays):
     else:
       found[name] = _Part((arrays[keys], index))
   return found, sorted(ignored)
-
-
-def _config(source, found):
-  """Finds the variant that has the shapes' sizes."""
-  shapes = {name: part.shape for name, part in found.items()}
-  layers = {n.split('/')[0] for n in found if n.startswith('layer_')}
-  try:
-    rows, d = shapes['embedder/input_embedding']
-    n, _, h = shapes['layer_0/attn/q_einsum/w']
-    _, k, _, _ = shapes['layer_0/attn/kv_einsum/w']
-    f, _ = shapes['layer_0/mlp/linear/w']
-  except (KeyError, ValueError) as error:
-    raise errors.UserError(
-        f'{source} is no Gemma 3 ({error} is missing or misshapen; it has '
-        f'{", ".join(list(found)[:3])} ...): give a checkpoint of '
-        "Kaggle's gemma-3/flax."
-    ) from error
-  sizes = (len(layers), d, f, n, k, h)
-  for known in model_config.VARIANTS.values():
-    if sizes == tuple(getattr(known, s) for s in _SIZES):
-      return dataclasses.replace(
-          known, vocab_size=min(rows, names.VOCABULARY)
-      )
-  raise errors.UserError(
-      f'{source} has sizes of no known model: layers, width, MLP width, heads, '
-      f'key/value heads, head width are {sizes}. Known are '
-      + '; '.join(
-          f'{v}: {tuple(getattr(c, s) for s in _SIZES)}'
-          for v, c in model_config.VARIANTS.items()
-      ) + '.'
-  )
-
-
-def _gating(places, found, config):
-  """Transposes gate and up where a file does: [2, D, F] in old ones."""
-  straight = (2, config.mlp_dim, config.embed_dim)
-  turned = (2, config.embed_dim, config.mlp_dim)
-  return {
-      name: place._replace(axes=(1, 0))
-      if place.key.endswith('gating_einsum/w') and place.key in found
-      and found[place.key].shape == turned != straight else place
-      for name, place in places.items()
-  }
-
-
-def _vision_config(found, config):
-  """Reads the tower's sizes off its shapes; None without a tower."""
-  shapes = {name: part.shape for name, part in found.items()}
-  blocks = {
-      n.split('/')[2] for n in found if n.startswith('vision/Transformer/')
-  }
-  block = 'vision/Transformer/encoderblock_0'
-  try:
-    patch, _, _, width = shapes['vision/embedding/kernel']
-    _, positions, _ = shapes['vision/pos_embedding']
-    _, heads, _ = shapes[
-        f'{block}/MultiHeadDotProductAttention_0/query/kernel'
-    ]
-    _, mlp_dim = shapes[f'{block}/MlpBlock_0/Dense_0/kernel']
-  except (KeyError, ValueError):
-    # A tower in part is refused by name, with all that is unknown.
-    return None
-  if not (patch and heads and positions):
-    return None
-  return vision_config.VisionConfig(
-      text_dim=config.embed_dim,
-      image_size=patch * math.isqrt(positions),
-      patch_size=patch,
-      width=width,
-      mlp_dim=mlp_dim,
-      num_layers=len(blocks - {'encoder_norm'}),
-      num_heads=heads,
-      # No shape says it; every public tower pools to 256.
-      tokens_per_image=min(256, positions // 4),
-  )
 
 
 def _weights(source, specs, places, found, dtype):

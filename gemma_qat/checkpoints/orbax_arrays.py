@@ -105,7 +105,10 @@ def open_tree(folder: str | os.PathLike) -> dict[str, LazyArray]:
 
 
 def spec(
-    folder: pathlib.Path, name: str, is_ocdbt: bool = True, is_zarr3: bool = False
+    folder: pathlib.Path,
+    name: str,
+    is_ocdbt: bool = True,
+    is_zarr3: bool = False,
 ) -> dict[str, Any]:
   """Says to tensorstore where Orbax keeps an array.
 
@@ -132,8 +135,8 @@ def _read_metadata(folder):
       raise ValueError('tree_metadata')
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise errors.UserError(
-        f'{folder} has no {METADATA} of Orbax that can be read ({error!r:.100}): '
-        'fetch it again.'
+        f'{folder} has no {METADATA} of Orbax that can be read '
+        f'({error!r:.100}): fetch it again.'
     ) from error
   return said
 
@@ -181,25 +184,32 @@ def _check_sizes(folder, name, store):
   """Refuses what would have to be allocated to be found wrong."""
   if store.dtype.name not in _DTYPES:
     raise errors.UserError(
-        f'{folder}: {name} has type {store.dtype.name}, which no weight has.'
+        f'{folder}: {name} has type {store.dtype.name}, which no weight has: '
+        'it is not to be trusted.'
     )
   size = math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
-  layout = store.chunk_layout
-  for chunk in (layout.read_chunk.shape, layout.write_chunk.shape):
+  for chunk in _chunks(store):
     if size > _LARGEST_ARRAY or any(
         c > max(1, s) for c, s in zip(chunk, store.shape, strict=True)
     ):
       raise errors.UserError(
           f'{folder}: {name} claims the shape {tuple(store.shape)} in chunks '
-          f'of {tuple(chunk)}, which no checkpoint has: it is not to be trusted.'
+          f'of {tuple(chunk)}, which no checkpoint has: it is not to be '
+          'trusted.'
       )
+
+
+def _chunks(store):
+  """Shapes of what is read at once and written at once; none of a scalar."""
+  layout = store.chunk_layout
+  return layout.read_chunk.shape or (), layout.write_chunk.shape or ()
 
 
 def _check_chunks(folder, name, store, is_whole):
   """Counts the chunks of an array if all of them have to be there."""
   if not is_whole:
     return
-  chunk = store.chunk_layout.write_chunk.shape
+  _, chunk = _chunks(store)
   expected = math.prod(-(-s // c) for s, c in zip(store.shape, chunk))
   try:
     keys = store.kvstore.list().result()
@@ -208,14 +218,14 @@ def _check_chunks(folder, name, store, is_whole):
   chunks = [k for k in keys if k not in (b'.zarray', b'.zattrs', b'zarr.json')]
   if len(chunks) < expected:
     raise errors.UserError(
-        f'{folder} is damaged, {expected - len(chunks)} of {expected} chunks of '
-        f'{name} are missing: fetch it again.'
+        f'{folder} is damaged, {expected - len(chunks)} of {expected} chunks '
+        f'of {name} are missing: fetch it again.'
     )
 
 
 def _read(folder, name, store, kept, check_chunks, index):
   check_chunks()
-  chunk = store.chunk_layout.read_chunk.shape
+  chunk, _ = _chunks(store)
   size = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
   if size > _LARGE_CHUNK:
     store = kept(name, size + _LARGE_CHUNK)
