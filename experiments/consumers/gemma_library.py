@@ -68,7 +68,8 @@ def make_model(params, dtype):
   ):
     config = known().config
     if (len(config.attention_types), config.embed_dim) == (layers, width):
-      return known(dtype=dtype, text_only=True)
+      text = dataclasses.replace(config, vision_encoder=None)
+      return known(config=text, dtype=dtype)
   # The `tiny` variant: sizes from the shapes, window and RoPE as it has them.
   attention = params['layer_0']['attn']
   config = dataclasses.replace(

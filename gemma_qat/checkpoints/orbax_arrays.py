@@ -27,7 +27,7 @@ _LARGEST_METADATA = 2**26
 # The largest real array is the float32 embedding of 27B: 5.6 GB.
 _LARGEST_ARRAY = 2**36
 # Chunks above are kept decoded while pieces of them are read.
-_LARGE_CHUNK = 2**26
+_LARGE_CHUNK = 2**20
 _ARRAYS = ('jax.Array', 'np.ndarray', 'scalar')
 _DTYPES = (
     'float32', 'float16', 'bfloat16', 'float64', 'bool',
