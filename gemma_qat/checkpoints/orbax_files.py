@@ -11,18 +11,20 @@ checkpointables (the loop adds its own, which are not read here):
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from typing import Any
 
-from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import names
+from gemma_qat.checkpoints import orbax_arrays
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
@@ -34,17 +36,28 @@ _VERSION = 1
 # Orbax writes this file last and renames the folder after it.
 _DONE = '_CHECKPOINT_METADATA'
 _NODE_PARTS = {'codes', 'master', 'scale'}
+# What has to be decoded to read any part of an array.
+_CHUNK_BYTES = 2**26
 
 
 def context() -> ocp.Context:
-  """Returns the Orbax context to save with: the manifest becomes plain JSON.
+  """Returns the Orbax context to save with.
 
-  Without it, Orbax would store every number of the manifest as an array.
+  The manifest becomes plain JSON: otherwise Orbax would store every number of
+  it as an array. Arrays are cut into chunks, those of the groups layer by
+  layer: otherwise each would be one chunk, 4.6 GB of it at 27B, and reading a
+  layer would decode all of them.
   """
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name='manifest')
   result = ocp.Context()
   result.checkpointables.registry = registry
+  saving = result.array.saving
+  saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+  by_layer = dataclasses.replace(saving.storage_options, shard_axes=(0,))
+  saving.scoped_storage_options_creator = lambda path, value: (
+      by_layer if np.ndim(value) > 2 and _is_group(path) else None
+  )
   return result
 
 
@@ -102,7 +115,7 @@ def find_step(path: str | os.PathLike) -> pathlib.Path:
 
 
 def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
-  """Reads the student of a step into memory; nothing else of the step.
+  """Opens the student of a step; its weights are read when asked for.
 
   Quantized weights come as `Stored`, made by `lattice.quantized`: the codes
   and scales that the last forward pass saw.
@@ -118,7 +131,7 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   if (step / 'tokenizer').is_dir():
     stored = _load(step, {'tokenizer': None})['tokenizer']
     tokenizer = tokenizers.from_bytes(np.asarray(stored['bytes']).tobytes())
-  student = load_tree(step, 'student')
+  student = orbax_arrays.open_tree(step / 'student')
   return checkpoints.Checkpoint(
       config=config,
       weights=_weights(step, config, plan, student),
@@ -205,32 +218,66 @@ def _read_manifest(step, said):
 
 def _weights(step, config, plan, student):
   """Cuts the tree into layers; nodes are quantized when they are read."""
-  nodes = traverse_util.flatten_dict(
-      student, sep='/', is_leaf=lambda _, v: _NODE_PARTS.intersection(v)
-  )
+  nodes = _nodes(student)
   names.check_shapes(
       str(step),
       {p: s.shape for p, s in model_weights.tree_specs(config).items()},
       {p: _main(node).shape for p, node in nodes.items()},
   )
+  for path, node in nodes.items():
+    _check_node(step, path, node, plan.get(path))
   entries = {}
   for name, spec in model_weights.by_layer_specs(config).items():
     path, group = _tree_path(config, name)
     node, entry = nodes[path], plan.get(path)
-    if group is not None:
-      node = jax.tree.map(lambda a, g=group: a[g], node)
+    layers = 1 if group is None else config.num_groups
     entries[name] = checkpoints.Entry(
         entry.format.stored_as if entry else str(_main(node).dtype),
         entry.format.stored_as if entry else None,
         spec.shape,
-        sum(a.nbytes for a in jax.tree.leaves(node)),
-        functools.partial(_read, node, entry),
+        sum(math.prod(a.shape) * a.itemsize for a in _parts(node)) // layers,
+        functools.partial(_read, node, entry, group),
     )
   return checkpoints.Weights(entries)
 
 
-def _read(node, entry, rows):
-  node = jax.tree.map(lambda a: a[rows], node)
+def _nodes(student):
+  """Returns {tree path: a lazy array or a dict of them}."""
+  nodes = {}
+  for path, array in student.items():
+    weight, _, part = path.rpartition('/')
+    if part in _NODE_PARTS:
+      nodes.setdefault(weight, {})[part] = array
+    else:
+      nodes[path] = array
+  return nodes
+
+
+def _check_node(step, path, node, entry):
+  """Raises a UserError unless a node is one that its mode could have made."""
+  wanted = _part_shapes(_main(node).shape, entry)
+  found = jax.tree.map(lambda a: tuple(a.shape), node, is_leaf=_is_array)
+  if found != wanted:
+    raise errors.UserError(
+        f'{step} is damaged, its student has {found} at {path} where {wanted} '
+        'belongs: take another step.'
+    )
+
+
+@functools.cache
+def _part_shapes(shape, entry):
+  if entry is None or entry.mode in ('derived', 'fixed'):
+    return shape
+  node = jax.eval_shape(
+      lambda w: lattice.init_node(w, *entry),
+      jax.ShapeDtypeStruct(shape, jnp.float32),
+  )
+  return {part: tuple(value.shape) for part, value in node.items()}
+
+
+def _read(node, entry, group, rows):
+  index = (rows,) if group is None else (group, rows)
+  node = jax.tree.map(lambda a: a.read(index), node, is_leaf=_is_array)
   if entry is None:
     return np.asarray(node, np.float32)
   # A fixed node is compared with its own values, which jit cannot do.
@@ -250,8 +297,20 @@ _quantized = jax.jit(lattice.quantized, static_argnums=(1, 2, 3))
 def _main(node):
   """The part of a node that has the weight's shape."""
   if isinstance(node, dict):
-    return node['codes'] if 'codes' in node else node['master']
+    return node.get('codes') or node.get('master') or node['scale']
   return node
+
+
+def _parts(node):
+  return list(node.values()) if isinstance(node, dict) else [node]
+
+
+def _is_array(node):
+  return isinstance(node, orbax_arrays.LazyArray)
+
+
+def _is_group(path):
+  return getattr(path[0], 'key', None) == 'groups'
 
 
 def _tree_path(config, name):

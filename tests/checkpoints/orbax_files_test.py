@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
+import tensorstore as ts
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import orbax_arrays
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
@@ -108,6 +110,53 @@ def test_exported_values_are_those_of_the_forward_pass(
       value('layer_7/mlp_up'), seen['tail/layer_1/mlp_up']
   )
   np.testing.assert_array_equal(value('embedding'), seen['embedding'])
+
+
+def test_rows_are_those_of_the_whole_weight(tiny, workdir):
+  entries = orbax_files.load(workdir).weights.entries
+  for name, entry in entries.items():
+    rows = slice(1, 1 + entry.shape[0] // 2)
+    whole, part = entry.read(slice(None)), entry.read(rows)
+    np.testing.assert_array_equal(
+        checkpoints.to_float32(part), checkpoints.to_float32(whole)[rows]
+    )
+
+
+def test_groups_are_stored_layer_by_layer(tmp_path):
+  """So that reading a layer decodes no other, whatever the model's size."""
+  node = {'codes': np.ones((3, 4, 64), np.int8), 'scale': np.ones((3, 4, 2))}
+  rest = np.ones((3, 4, 64), np.float32)
+  with orbax_files.context():
+    ocp.save_checkpointables(tmp_path / '1', {'student': {
+        'groups': {'layer_0': {'attn_q': node}}, 'tail': {'x': rest},
+    }})
+  folder = tmp_path / '1' / 'student'
+  chunk = lambda name: ts.open(
+      orbax_arrays.spec(folder, name, is_zarr3=True), open=True, read=True
+  ).result().chunk_layout.read_chunk.shape
+  assert chunk('groups.layer_0.attn_q.codes') == (1, 4, 64)
+  assert chunk('groups.layer_0.attn_q.scale') == (1, 4, 2)
+  assert chunk('tail.x') == (3, 4, 64)
+
+
+@pytest.mark.parametrize('node', [
+    {'codes': np.ones((512, 64), np.int8), 'scale': np.ones((512, 1))},
+    {'codes': np.ones((512, 64), np.int8)},
+    {'scale': np.ones((512, 64))},
+    {'master': np.ones((512, 64)), 'scale': np.ones((512, 2))},
+    np.ones((512, 64)),
+])
+def test_nodes_of_another_mode_are_refused(
+    tiny, plan, student, tmp_path, node
+):
+  """Nothing is multiplied with parts that do not belong together."""
+  with orbax_files.context():
+    ocp.save_checkpointables(tmp_path / '3', {
+        'student': dict(student) | {'embedding': node},
+        'manifest': orbax_files.manifest(tiny.config, plan, 3, 'test'),
+    })
+  with pytest.raises(errors.UserError, match='at embedding where'):
+    orbax_files.load(tmp_path)
 
 
 def test_manifest_is_plain_json_on_disk(workdir):
