@@ -7,6 +7,7 @@ import pathlib
 from gemma_qat import errors
 from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import gemma_files
 from gemma_qat.checkpoints import gguf_files
 from gemma_qat.checkpoints import gguf_header
 from gemma_qat.checkpoints import huggingface
@@ -22,9 +23,10 @@ def load(model: str | os.PathLike) -> checkpoints.Checkpoint:
   """Opens a model by path or name.
 
   Args:
-    model: a GGUF file; a Hugging Face folder; a workdir of ours, its
-      checkpoints folder or one step; 'gemma3-270m' (installed with pip);
-      'random:VARIANT[:SEED]'. No layout is read that could run code.
+    model: a GGUF file; a Hugging Face folder; a folder of Google's Orbax
+      checkpoints; a workdir of ours, its checkpoints folder or one step;
+      'gemma3-270m' (installed with pip); 'random:VARIANT[+vision][:SEED]'. No
+      layout is read that could run code.
 
   Raises:
     UserError: nothing fits, or what fits is damaged.
@@ -38,6 +40,8 @@ def load(model: str | os.PathLike) -> checkpoints.Checkpoint:
   if path.is_dir():
     if orbax_files.is_ours(path):
       return orbax_files.load(path)
+    if gemma_files.is_folder(path):
+      return gemma_files.load(path)
     if huggingface.is_folder(path):
       return huggingface.load(path)
   elif gguf_header.is_gguf(path):
@@ -45,8 +49,8 @@ def load(model: str | os.PathLike) -> checkpoints.Checkpoint:
   state = 'is of no known layout' if path.exists() else 'does not exist'
   raise errors.UserError(
       f'{name} {state}: give a GGUF file, a Hugging Face folder with '
-      'config.json and safetensors, a workdir or checkpoint of ours, '
-      f'{PACKAGED}, or random:VARIANT[:SEED].'
+      "config.json and safetensors, a folder of Google's Orbax checkpoints, a "
+      f'workdir or checkpoint of ours, {PACKAGED}, or random:VARIANT[:SEED].'
   )
 
 

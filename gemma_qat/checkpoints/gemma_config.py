@@ -10,7 +10,8 @@ import math
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import gemma_names
-from gemma_qat.checkpoints import names
+from gemma_qat.checkpoints import padding
+from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import vision as vision_config
 
@@ -19,15 +20,19 @@ _SIZES = ('num_layers', 'embed_dim', 'mlp_dim', 'num_heads', 'num_kv_heads',
           'head_dim')
 
 
-def read(source: str, shapes: Shapes) -> model_config.ModelConfig:
+def read(
+    source: str, shapes: Shapes, tokenizer: tokenizers.Tokenizer | None = None
+) -> model_config.ModelConfig:
   """Finds the variant that has these sizes.
 
   Args:
     source: for messages.
     shapes: of every array, by normal name.
+    tokenizer: which rows of the embedding are tokens.
 
   Raises:
-    UserError: sizes are missing, or no variant has them.
+    UserError: sizes are missing, no variant has them, or the tokenizer does
+      not fit.
   """
   layers = {n.split('/')[0] for n in shapes if n.startswith('layer_')}
   try:
@@ -45,7 +50,7 @@ def read(source: str, shapes: Shapes) -> model_config.ModelConfig:
   for known in model_config.VARIANTS.values():
     if sizes == tuple(getattr(known, s) for s in _SIZES):
       return dataclasses.replace(
-          known, vocab_size=min(rows, names.VOCABULARY)
+          known, vocab_size=padding.count_tokens(source, rows, tokenizer)
       )
   raise errors.UserError(
       f'{source} has sizes of no known model: layers, width, MLP width, heads, '
@@ -108,6 +113,6 @@ def read_vision(
       mlp_dim=mlp_dim,
       num_layers=len(blocks - {'encoder_norm'}),
       num_heads=heads,
-      # No shape says it; every public tower pools to 256.
-      tokens_per_image=min(256, positions // 4),
+      # No shape says it; every public tower pools 4,096 patches to 256.
+      tokens_per_image=max(1, positions // 16),
   )

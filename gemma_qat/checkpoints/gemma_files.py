@@ -22,6 +22,7 @@ from gemma_qat.checkpoints import gemma_names
 from gemma_qat.checkpoints import gemma_writer
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import orbax_arrays
+from gemma_qat.checkpoints import padding
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
@@ -77,7 +78,8 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
     )
   found, ignored = _normal(str(folder), orbax_arrays.open_tree(folder))
   shapes = {name: part.shape for name, part in found.items()}
-  config = gemma_config.read(str(folder), shapes)
+  tokenizer = _tokenizer(path, folder)
+  config = gemma_config.read(str(folder), shapes, tokenizer)
   places = gemma_config.turn_gating(gemma_names.places(config), shapes, config)
   specs = model_weights.by_layer_specs(config)
   tower = gemma_config.read_vision(shapes, config.embed_dim)
@@ -97,7 +99,7 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   return checkpoints.Checkpoint(
       config=config,
       weights=_weights(str(folder), specs, places, found, np.float32),
-      tokenizer=_tokenizer(path, folder, config),
+      tokenizer=padding.cut(tokenizer, config.vocab_size),
       metadata=metadata,
       source=str(path),
       layout='gemma',
@@ -199,15 +201,8 @@ def _read(part, place, shape, dtype, rows):
   return np.ascontiguousarray(values, dtype)
 
 
-def _tokenizer(path, folder, config):
+def _tokenizer(path, folder):
   for place in (folder, path, folder.parent, path.resolve().parent):
     if (place / _TOKENIZER).is_file():
-      tokenizer = tokenizers.from_proto((place / _TOKENIZER).read_bytes())
-      if tokenizer.vocab_size != config.vocab_size:
-        raise errors.UserError(
-            f'{place / _TOKENIZER} has {tokenizer.vocab_size:,} tokens, but '
-            f'the embedding of {folder} {config.vocab_size:,} rows: they do '
-            'not belong together.'
-        )
-      return tokenizer
+      return tokenizers.from_proto((place / _TOKENIZER).read_bytes())
   return None

@@ -4,6 +4,7 @@ Another layout is another entry in `LAYOUTS` and the file that its writer calls.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import gemma_cpp_files
+from gemma_qat.checkpoints import gemma_files
 from gemma_qat.checkpoints import gguf_files
 from gemma_qat.checkpoints import gguf_vision
 from gemma_qat.checkpoints import ollama
@@ -190,6 +192,26 @@ def _gemma_cpp(checkpoint, path, target, on_piece):
   return Written((path,), num_bytes)
 
 
+def _orbax(checkpoint, path, target, on_piece):
+  dtype = 'float32' if target.format == 'f32' else 'bfloat16'
+  gemma_files.save(path, checkpoint, dtype, on_piece)
+  return Written((path,), _bytes(checkpoint, dtype))
+
+
+def _bytes(checkpoint, dtype):
+  """Bytes of tensors, all of the text model in one dtype."""
+  size = {'float32': 4}.get(dtype, 2)
+  count = sum(
+      math.prod(e.shape) for e in checkpoint.weights.entries.values()
+  )
+  found = {dtype: size * count}
+  if checkpoint.vision is not None:
+    found['vision'] = sum(
+        e.num_bytes for e in checkpoint.vision.weights.entries.values()
+    )
+  return found
+
+
 def _lm_studio(folder, name, target):
   """LM Studio lists PUBLISHER/MODEL/FILE.gguf below its models folder."""
   if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', target.publisher):
@@ -210,5 +232,6 @@ LAYOUTS: dict[str, Layout] = {
         {'q4_0': 'q4_0', 'q8_0': 'q8_0', 'q6_k': 'float', **_FLOAT_CHOICES},
         'q8_0', _gguf,
     ),
+    'orbax': Layout({'bf16': None, 'f32': None}, {}, None, _orbax),
     'gemma_cpp': Layout({}, {}, None, _gemma_cpp),
 }
