@@ -29,8 +29,8 @@ def save(
     folder: must not exist, or be empty; appears whole or not at all.
     checkpoint: one that holds codes and scales.
     scale_dtype: of scales and biases: 'float32' (6 bits a Q4_0 weight, always
-      exact) or 'bfloat16' (5 bits); 'auto' is bfloat16 if that holds every
-      scale.
+      exact) or 'bfloat16' (5 bits); 'auto' is float32 for the embedding, and
+      for the layers bfloat16 if that holds every scale of theirs.
     on_piece: told of every piece of the text model's weights: by-layer name,
       as written, as trained (both float32).
     shard_bytes: of tensor data in one file.
@@ -57,14 +57,12 @@ def save(
         f'{checkpoint.source} holds no codes and scales that MLX could take: '
         'quantize it first.'
     )
-  if scale_dtype == 'auto':
-    fits = encodings.scales_fit(checkpoint.weights, list(bits), 'bfloat16')
-    scale_dtype = 'bfloat16' if fits else 'float32'
+  scale_dtypes = _scale_dtypes(checkpoint.weights, list(bits), scale_dtype)
   shapes = folder_out.tensor_shapes(checkpoint)
   paths = folder_out.module_paths(checkpoint)
   weights = {
       name: encodings.affine(
-          path, shapes[name], entries[name].format, scale_dtype
+          path, shapes[name], entries[name].format, scale_dtypes[name]
       ) if name in bits else encodings.floats(
           path, shapes[name], _float_dtype(entries[name])
       )
@@ -75,13 +73,31 @@ def save(
       paths[name]: {**quantization, 'bits': number}
       for name, number in bits.items() if number != 4
   }
-  config = huggingface_json.config(checkpoint, scale_dtype)
+  is_half = scale_dtype == 'bfloat16'
+  config = huggingface_json.config(
+      checkpoint, 'bfloat16' if is_half else 'float32'
+  )
+  if checkpoint.vision is not None:
+    # mlx-lm takes the number of rows from here, 262,208 where nothing is said.
+    config['vocab_size'], _ = shapes['embedding']
   # mlx-lm reads the first, its own converter writes both.
   config['quantization'] = config['quantization_config'] = quantization
   return folder_out.write(
       folder, checkpoint, weights, config, on_piece,
       _written_for(checkpoint), shard_bytes,
   )
+
+
+def _scale_dtypes(weights, quantized, scale_dtype):
+  if scale_dtype != 'auto':
+    return dict.fromkeys(quantized, scale_dtype)
+  layers = [name for name in quantized if '/' in name]
+  fits = encodings.scales_fit(weights, layers, 'bfloat16')
+  chosen = dict.fromkeys(layers, 'bfloat16' if fits else 'float32')
+  # MLX rounds the rows that it looks up to the type of their scales (logits
+  # of tiny then move by 0.08), while its products take float32 activations
+  # and are exact with bfloat16 scales too.
+  return chosen | dict.fromkeys(set(quantized) - set(layers), 'float32')
 
 
 def _float_dtype(entry):
