@@ -86,8 +86,9 @@ def pack_quantized(
     codes, scale = _rows(piece, length)
     scale = scale.astype(numpy_dtype)
     # Its codes are -8 ... 7, stored with 8 added: Q4_0's own.
+    written = (_groups(codes) - 8) * _column(scale)
     return {packed.name: words(codes, 4), scales.name: scale}, (
-        _values(piece, scale)
+        written.reshape(np.shape(piece.quantized.codes))
     )
 
   constants = {size.name: np.array(shape, np.int64).tobytes()}
@@ -99,8 +100,9 @@ def affine(
 ) -> Encoding:
   """Codes of a uniform format as MLX holds them: scale * q + bias.
 
-  Exact wherever the type holds the scale: the bias is the scale times -8 or
-  -128, powers of two.
+  Exact for block formats wherever the type holds the scale: the bias is the
+  scale times -8 or -128, and float16 times a code fits float32. The float32
+  scale of a channel leaves the last bits to the reader's rounding.
 
   Args:
     path: of the module.
@@ -122,12 +124,13 @@ def affine(
 
   def encode(piece):
     codes, scale = _rows(piece, length)
+    codes = codes.astype(np.int16) + (middle - zero)
     scale = scale.astype(numpy_dtype)
+    bias = scale * numpy_dtype(-middle)
+    written = _groups(codes) * _column(scale) + _column(bias)
     return {
-        packed.name: words(codes.astype(np.int16) + (middle - zero), bits),
-        scales.name: scale,
-        biases.name: scale * numpy_dtype(-middle),
-    }, _values(piece, scale)
+        packed.name: words(codes, bits), scales.name: scale, biases.name: bias
+    }, written.reshape(np.shape(piece.quantized.codes))
 
   return Encoding((packed, scales, biases), {}, encode)
 
@@ -184,9 +187,9 @@ def _rows(piece, length):
   return codes, scale.reshape(len(codes), -1)
 
 
-def _values(piece, scale):
-  """The float32 weights that the codes stand for with a rounded scale."""
-  chosen = formats.get(piece.format)
-  codes = np.asarray(piece.quantized.codes)
-  levels = codes.reshape(-1, GROUP).astype(np.float32) - chosen.zero
-  return (levels * scale.astype(np.float32).reshape(-1, 1)).reshape(codes.shape)
+def _groups(codes):
+  return codes.reshape(-1, GROUP).astype(np.float32)
+
+
+def _column(scale):
+  return scale.astype(np.float32).reshape(-1, 1)

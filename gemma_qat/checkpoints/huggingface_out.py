@@ -60,8 +60,8 @@ def save_w4a16(
     checkpoint: one whose layer matrices are all Q4_0.
     scale_dtype: 'bfloat16', 'float16' or 'float32'; 'auto' is bfloat16 if
       that holds every scale, else float16, which Q4_0's own scales are.
-    dtype: of embedding and norms, and what readers compute in by default:
-      'float32' keeps a Q8_0 embedding exact, 'bfloat16' halves it.
+    dtype: of embedding and norms: 'float32' keeps a Q8_0 embedding exact,
+      'bfloat16' halves it.
 
   Returns:
     Bytes of tensor data by safetensors dtype.
@@ -90,7 +90,11 @@ def save_w4a16(
       else encodings.floats(path, shapes[name], dtype)
       for name, path in paths.items()
   }
-  config = huggingface_json.config(checkpoint, dtype)
+  # Readers turn scales into the type that they compute in.
+  is_half = dtype == scale_dtype == 'bfloat16'
+  config = huggingface_json.config(
+      checkpoint, 'bfloat16' if is_half else 'float32'
+  )
   config['quantization_config'] = _quantization_config()
   return folder_out.write(
       folder, checkpoint, weights, config, on_piece, shard_bytes=shard_bytes

@@ -11,6 +11,7 @@ import safetensors.numpy
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import huggingface
+from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import random_weights
@@ -227,9 +228,14 @@ def test_int4_scales_are_bfloat16_where_that_is_exact(
     huggingface_out.save_w4a16(
         tmp_path / folder,
         dataclasses.replace(tiny, weights=checkpoints.from_arrays(tensors)),
+        dtype='bfloat16',
     )
     written = _read(tmp_path / folder)
     assert written['model.layers.0.mlp.up_proj.weight_scale'].dtype == kind
+    # Readers turn scales into this type: bfloat16 would round those of x.
+    assert _config(tmp_path / folder)['dtype'] == (
+        'float32' if folder == 'x' else 'bfloat16'
+    )
 
 
 def test_int4_names_the_first_matrix_that_is_not_q4_0(tiny, mixed, tmp_path):
@@ -311,6 +317,11 @@ def test_a_failed_save_leaves_nothing(tiny, tmp_path):
 def test_transformers_loads_the_folder(tiny, tmp_path):
   transformers = pytest.importorskip('transformers')
   pytest.importorskip('torch')
+  for variant in model_config.VARIANTS:
+    # It checks the types of all values.
+    transformers.Gemma3TextConfig(**huggingface_config.write(
+        model_config.variant(variant), 'bfloat16', {}
+    ))
   huggingface_out.save(tmp_path / 'x', tiny, 'float32')
   model = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / 'x')
   loaded = model.state_dict()['model.layers.3.mlp.down_proj.weight']
