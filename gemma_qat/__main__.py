@@ -10,10 +10,12 @@ from gemma_qat import errors
 COMMANDS = {
     'run': 'train, export, evaluate and report: the main job',
     'train': 'train alone; goes on by itself where it was stopped',
-    'export': 'write a trained checkpoint as GGUF, codes and scales as trained',
+    'export': 'write a trained checkpoint for a runtime, numbers as trained',
+    'convert': 'write any model in another layout',
     'quantize': 'write a GGUF without training (PTQ, the baseline)',
     'evaluate': 'perplexity, KL divergence and top-1 agreement of models',
     'sample': 'generate text',
+    'memory': 'what a size and format needs, before anything is downloaded',
     'inspect': 'what is in a model file: sizes, formats, metadata',
 }
 

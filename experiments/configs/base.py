@@ -33,6 +33,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.quant.modes = ((r'^embedding$', 'codes'), (r'.', 'learned'))
   c.quant.start = 'gptq'
   c.quant.calibration_tokens = 16_384
+  # Q4_0 scales that bfloat16 holds too: exact in every runtime's file.
+  c.quant.bf16_safe_scales = False
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 5_000

@@ -67,6 +67,33 @@ def whole_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def make_folder(path: str | os.PathLike) -> None:
+  """Makes a folder and those above it.
+
+  Raises:
+    UserError: it cannot be made.
+  """
+  with _disk_errors(path):
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_space(path: str | os.PathLike, num_bytes: int) -> None:
+  """Refuses, before long work, what does not fit the disk.
+
+  Raises:
+    UserError: `num_bytes` are not free where `path` would lie.
+  """
+  folder = pathlib.Path(path).absolute().parent
+  if not folder.is_dir():
+    return  # Said better when the file is opened.
+  free = shutil.disk_usage(folder).free
+  if free < num_bytes:
+    raise errors.UserError(
+        f'{path} could not be written: it takes {num_bytes / 1e9:,.2f} GB, '
+        f'{free / 1e9:,.2f} GB are free. Make room or choose another disk.'
+    )
+
+
 @contextlib.contextmanager
 def _disk_errors(path):
   try:

@@ -37,7 +37,8 @@ class Entry(NamedTuple):
   it if `read` returns `Stored`, None if it returns an array of `shape`.
   num_bytes: in the file. read: takes a slice of the outermost axis, which is
   never a contracted one, and returns those rows alone, having read no others
-  where the file allows it.
+  where the file allows it. raw: the same rows as the file's bytes, of types
+  that are neither floats nor in `formats`; they can be copied, not made.
   """
 
   type: str
@@ -45,6 +46,7 @@ class Entry(NamedTuple):
   shape: tuple[int, ...]
   num_bytes: int
   read: Callable[[slice], 'np.ndarray | Stored']
+  raw: Callable[[slice], np.ndarray] | None = None
 
 
 class Weights(Mapping):
@@ -71,12 +73,16 @@ class Weights(Mapping):
       name: of the weight.
       largest: how many values a piece has at the most (at least one row).
     """
-    entry = self._entries[name]
-    row = int(np.prod(entry.shape[1:], dtype=np.int64))
+    for rows in self.slices(name, largest):
+      yield rows, self._entries[name].read(rows)
+
+  def slices(self, name: str, largest: int = _PIECE) -> Iterator[slice]:
+    """Yields the slices that `pieces` reads."""
+    shape = self._entries[name].shape
+    row = int(np.prod(shape[1:], dtype=np.int64))
     step = max(1, largest // max(1, row))
-    for start in range(0, entry.shape[0], step):
-      rows = slice(start, min(start + step, entry.shape[0]))
-      yield rows, entry.read(rows)
+    for start in range(0, shape[0], step):
+      yield slice(start, min(start + step, shape[0]))
 
   def __contains__(self, name: object) -> bool:
     return name in self._entries
@@ -91,6 +97,12 @@ class Weights(Mapping):
   def entries(self) -> dict[str, Entry]:
     """What is known of each weight without reading it."""
     return dict(self._entries)
+
+
+# Hears of each piece of a weight as it is written: (by-layer name, what a
+# reader of the file will see, what was to be written). Both are float32
+# arrays, or the very same object where nothing was rounded.
+OnPiece = Callable[[str, Any, Any], None]
 
 
 class Vision(NamedTuple):

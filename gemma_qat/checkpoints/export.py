@@ -1,56 +1,98 @@
-"""How does a checkpoint become the GGUF that llama.cpp loads?
+"""How does a checkpoint become the file or folder that a runtime loads?
 
 Codes and scales are written as they are; nothing here rounds a trained lattice
-a second time. Every file is read back and compared bit for bit.
+a second time where the target can hold it, and what changes is counted. What
+was written is read back and compared before it gets its name.
 """
 
-import functools
+import dataclasses
 import os
-from typing import Any, Callable, Mapping
-
-import jax
+import pathlib
+from typing import Callable, Mapping, NamedTuple
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import changes
 from gemma_qat.checkpoints import checkpoint as checkpoints
-from gemma_qat.checkpoints import gguf_files
+from gemma_qat.checkpoints import layouts
+from gemma_qat.checkpoints import prepare
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import rules
 
-EMBEDDINGS = ('q8_0', 'q4_0', 'f16')
+# Fewer blocks than this on a lattice: the checkpoint was not trained for one.
+_LEAST_ON_LATTICE = 0.5
 
-# Which matrices `quantize` rounds, as config.quant.rules would say it.
-LAYER_MATRICES = r'(attn_[qkvo]|mlp_(gate|up|down))$'
+
+class Exported(NamedTuple):
+  """paths: what was written. num_bytes: of tensors by type. changes: what the
+  file could not hold of the numbers meant for it. rounding: how those came to
+  be, where plain weights became codes. notes: more lines for people."""
+
+  paths: tuple[pathlib.Path, ...]
+  num_bytes: dict[str, int]
+  changes: changes.Changes
+  rounding: prepare.Rounding
+  notes: tuple[str, ...]
 
 
 def export(
     checkpoint: checkpoints.Checkpoint,
     path: str | os.PathLike,
-    embedding: str | None = None,
-) -> dict[str, int]:
-  """Writes a trained checkpoint with the codes and scales it was trained to.
+    target: layouts.Target = layouts.Target(),
+    on_weights: Callable[[int], None] = lambda count: None,
+) -> Exported:
+  """Writes a trained checkpoint with the numbers that it was trained to.
 
   Args:
-    checkpoint: one whose matrices are codes and scales.
-    path: the GGUF file.
-    embedding: format of the embedding when it is not to stay as it is; this
-      rounds it anew and is what `EMBEDDINGS` lists.
-
-  Returns:
-    Bytes of tensor data by GGUF type.
+    checkpoint: one whose matrices are codes and scales, or lie on a Q4_0
+      lattice, which is then recovered.
+    path: the file or folder.
+    target: layout and formats.
+    on_weights: called with the count of every piece of weights written.
 
   Raises:
-    UserError: nothing in the checkpoint is quantized, a format has no GGUF
-      type, or the file cannot be written.
+    UserError: nothing in the checkpoint is quantized, a format that the
+      layout does not have, or the target cannot be written.
   """
-  entries = checkpoint.weights.entries
-  if not any(entry.format for entry in entries.values()):
-    raise errors.UserError(
-        f'{checkpoint.source} holds no quantized weights to export: use '
-        "'gemma-qat quantize' for a file without training."
-    )
-  changed = {} if embedding is None else {'embedding': embedding}
-  return _write(checkpoint, path, changed)
+  if not prepare.is_quantized(checkpoint):
+    share = prepare.lattice_share(checkpoint)
+    if share < _LEAST_ON_LATTICE:
+      raise errors.UserError(
+          f'{checkpoint.source} holds no quantized weights to export, and only '
+          f'{share:.1%} of its blocks lie on a Q4_0 lattice: use '
+          "'gemma-qat quantize' for a file without training, or 'gemma-qat "
+          "convert' for another layout."
+      )
+    if target.layout == 'gguf' and target.format is None:
+      target = dataclasses.replace(target, format='q4_0')
+  return convert(checkpoint, path, target, on_weights)
+
+
+def convert(
+    checkpoint: checkpoints.Checkpoint,
+    path: str | os.PathLike,
+    target: layouts.Target,
+    on_weights: Callable[[int], None] = lambda count: None,
+    recover: bool = True,
+) -> Exported:
+  """Writes any checkpoint in any layout; see `export` for the arguments.
+
+  Args:
+    recover: whether plain weights on a Q4_0 lattice get their own codes and
+      scales back; without, the reference rule rounds them.
+  """
+  layouts.check(target)
+  rounding, counted = prepare.Rounding(), changes.Changes()
+  prepared = prepare.prepare(
+      checkpoint, layouts.choices(checkpoint, target), rounding, recover
+  )
+  written = layouts.get(target.layout).write(
+      prepared, pathlib.Path(path), target,
+      lambda *piece: on_weights(counted.add(*piece)),
+  )
+  return Exported(
+      written.paths, written.num_bytes, counted, rounding, written.notes
+  )
 
 
 def quantize(
@@ -58,16 +100,36 @@ def quantize(
     path: str | os.PathLike,
     choices: Mapping[str, str],
 ) -> dict[str, int]:
-  """Writes a checkpoint rounded by the formats' reference rules: PTQ.
+  """Writes a GGUF rounded by the formats' reference rules: PTQ.
 
   Args:
     checkpoint: any.
     path: the GGUF file.
-    choices: by-layer name -> format name or 'f16'; the rest becomes float32.
+    choices: by-layer name -> format name, or 'f16'.
 
-  Returns and raises as `export`.
+  Returns:
+    Bytes of tensor data by GGUF type.
+
+  Raises:
+    UserError: a format has no GGUF type, or the file cannot be written.
   """
-  return _write(checkpoint, path, choices)
+  floats = {n: f for n, f in choices.items() if f not in formats.FORMATS}
+  prepared = prepare.prepare(
+      checkpoint, {**choices, **{n: 'float' for n in floats}},
+      recover_lattices=False,
+  )
+  return layouts.save_gguf(prepared, path, floats)
+
+
+def save_float(
+    checkpoint: checkpoints.Checkpoint,
+    path: str | os.PathLike,
+    float_type: str = 'bf16',
+) -> dict[str, int]:
+  """Writes a GGUF, every matrix as `float_type`: 'f32', 'f16' or 'bf16'."""
+  names = model_weights.by_layer_specs(checkpoint.config)
+  prepared = prepare.prepare(checkpoint, {n: 'float' for n in names})
+  return layouts.save_gguf(prepared, path, {n: float_type for n in names})
 
 
 def uniform_choices(
@@ -76,75 +138,5 @@ def uniform_choices(
   """The choices that give all matrices one format, the embedding another."""
   names = model_weights.by_layer_specs(checkpoint.config)
   return rules.resolve(
-      ((LAYER_MATRICES, matrices), ('^embedding$', embedding)), names
+      ((prepare.LAYER_MATRICES, matrices), ('^embedding$', embedding)), names
   )
-
-
-def save_float(
-    checkpoint: checkpoints.Checkpoint,
-    path: str | os.PathLike,
-    float_type: str = 'bf16',
-) -> dict[str, int]:
-  """Writes every matrix as `float_type`: 'f32', 'f16' or 'bf16'."""
-  names = checkpoint.weights
-  return _write(checkpoint, path, {n: 'float' for n in names}, float_type)
-
-
-def _write(checkpoint, path, choices, float_type='f16'):
-  specs = model_weights.by_layer_specs(checkpoint.config)
-  entries = {
-      name: _choose(entry, choices[name], specs[name].contraction)
-      if name in choices and specs[name].contraction else entry
-      for name, entry in checkpoint.weights.entries.items()
-  }
-  tensors = checkpoints.Weights(entries)
-  metadata = _metadata(checkpoint)
-  arguments = checkpoint.config, tensors
-  written = gguf_files.save(
-      path, *arguments, checkpoint.tokenizer, metadata, float_type
-  )
-  gguf_files.verify(path, *arguments, float_type)
-  return written
-
-
-def _choose(entry, choice, contraction):
-  """An entry that reads as the chosen format."""
-  if choice in ('f16', 'float'):
-    return entry._replace(
-        type='F32', format=None,
-        read=functools.partial(_as_float, entry.read),
-    )
-  number_format = formats.get(choice)
-  return entry._replace(
-      type=number_format.ggml_type or choice, format=choice,
-      read=functools.partial(_as_codes, entry.read, number_format, contraction),
-  )
-
-
-def _as_float(read: Callable[[slice], Any], rows):
-  return checkpoints.to_float32(read(rows))
-
-
-def _as_codes(read, number_format, contraction, rows):
-  weight = read(rows)
-  if isinstance(weight, checkpoints.Stored):
-    if weight.format == number_format.name:
-      return weight
-  return checkpoints.Stored(
-      number_format.name,
-      _quantize(number_format, contraction, checkpoints.to_float32(weight)),
-  )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _quantize(number_format, contraction, weight):
-  return number_format.quantize(weight, contraction)
-
-
-def _metadata(checkpoint) -> dict[str, Any]:
-  """What the new file says of its origin."""
-  kept = {
-      key: value for key, value in checkpoint.metadata.items()
-      if key.startswith('general.')
-  }
-  return kept if checkpoint.layout == 'gguf' else {}

@@ -3,7 +3,7 @@
 Weights stream from their file into the new ones, a piece of one at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import os
 from typing import Any
 
@@ -20,10 +20,6 @@ from gemma_qat.checkpoints import tokenizer_out
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import rules
-
-# Takes the by-layer name, then a piece as written and as trained, float32.
-OnPiece = Callable[[str, np.ndarray, np.ndarray], None]
-
 
 def module_paths(checkpoint: checkpoints.Checkpoint) -> dict[str, str]:
   """Maps by-layer names to the paths of modules, in file order."""
@@ -48,7 +44,7 @@ def tensor_shapes(
   model_weights.check(specs, checkpoint.weights.entries)
   shapes = {name: names.file_shape(spec) for name, spec in specs.items()}
   rows, width = shapes['embedding']
-  shapes['embedding'] = (rows + huggingface_json.padding(checkpoint), width)
+  shapes['embedding'] = (rows + huggingface_json.padding_rows(checkpoint), width)
   return shapes
 
 
@@ -57,7 +53,7 @@ def write(
     checkpoint: checkpoints.Checkpoint,
     weights: Mapping[str, encodings.Encoding],
     config: Mapping[str, Any],
-    on_piece: OnPiece | None = None,
+    on_piece: checkpoints.OnPiece | None = None,
     written_for: str = 'pt',
     shard_bytes: int = safetensors_out.SHARD_BYTES,
 ) -> dict[str, int]:
@@ -75,10 +71,12 @@ def write(
     Bytes of tensor data by safetensors dtype.
 
   Raises:
-    UserError: NaN or infinity in a weight, or the disk refuses.
+    UserError: too little space on the disk, found out before anything is
+      written; NaN or infinity in a weight, or the disk refuses.
   """
   tensors = [t for e in weights.values() for t in e.tensors]
   tensors += _vision_tensors(checkpoint.vision).values()
+  atomic.check_space(folder, sum(t.num_bytes for t in tensors))
   with atomic.whole_folder(folder) as temporary:
     written = safetensors_out.write(
         temporary, tensors, _chunks(checkpoint, weights, on_piece),
@@ -98,7 +96,7 @@ def write(
 
 def _chunks(checkpoint, weights, on_piece):
   """Yields (tensor name, its next bytes)."""
-  padding = huggingface_json.padding(checkpoint)
+  padding = huggingface_json.padding_rows(checkpoint)
   for name, encoding in weights.items():
     yield from encoding.constants.items()
     for _, piece in checkpoint.weights.pieces(name):

@@ -1,7 +1,6 @@
 """How does a model come out of, and go into, a GGUF file?"""
 
 from collections.abc import Mapping
-import collections
 import functools
 import os
 from typing import Any
@@ -10,12 +9,14 @@ import gguf
 import numpy as np
 
 from gemma_qat import errors
-from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import gguf_header
 from gemma_qat.checkpoints import gguf_metadata
+from gemma_qat.checkpoints import gguf_out
 from gemma_qat.checkpoints import gguf_tensors
+from gemma_qat.checkpoints import gguf_vision
 from gemma_qat.checkpoints import names
+from gemma_qat.checkpoints import padding
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
@@ -31,54 +32,56 @@ _COMPUTED = (
 def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   """Opens a GGUF; weights are read when they are asked for.
 
-  Everything is checked first: header, length of the file, names, shapes.
+  Everything is checked first: header, length of the file, names, shapes. The
+  vision tower comes from an mmproj in the same folder, if it fits the model.
 
   Raises:
     UserError: not a readable GGUF of a Gemma 3 text model (says why).
   """
   header = gguf_header.read(path)
   source = os.fspath(path)
+  tokenizer = gguf_metadata.read_tokenizer(header.metadata, source)
   embedding = header.tensors.get('token_embd.weight')
   rows = embedding.shape[0] if embedding else names.VOCABULARY
   config = gguf_metadata.read_config(
-      header.metadata, source, min(rows, names.VOCABULARY)
+      header.metadata, source,
+      padding.count_tokens(source, rows, tokenizer),
   )
-  tokenizer = gguf_metadata.read_tokenizer(header.metadata, source)
-  if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
-    raise errors.UserError(
-        f'{source} has {tokenizer.vocab_size:,} tokens, but {rows:,} rows in '
-        'its embedding: convert the model again.'
-    )
   _check(source, config, header.tensors)
   return checkpoints.Checkpoint(
       config=config,
       weights=_weights(source, config, header.tensors),
-      tokenizer=tokenizer,
+      tokenizer=padding.cut(tokenizer, config.vocab_size),
       metadata=_short(header.metadata),
       source=source,
       layout='gguf',
+      vision=_vision(path, config),
   )
 
 
 def save(
     path: str | os.PathLike,
     config: model_config.ModelConfig,
-    tensors: Mapping[str, gguf_tensors.Tensor],
+    weights: Mapping[str, Any],
     tokenizer: tokenizers.Tokenizer | None,
     metadata: Mapping[str, Any] | None = None,
-    float_type: str = 'f32',
+    float_type: str | Mapping[str, str] = 'f32',
+    on_piece: checkpoints.OnPiece | None = None,
 ) -> dict[str, int]:
-  """Writes a GGUF, tensor by tensor, under a temporary name until whole.
+  """Writes a GGUF, piece by piece, under a temporary name until whole.
+
+  What was written is read back and compared before it gets its name.
 
   Args:
     path: the file; replaced if it exists.
     config: the sizes.
-    tensors: by-layer name -> array, or (format name, codes and scales),
+    weights: by-layer name -> array, or (format name, codes and scales),
       which go into the file as they are.
     tokenizer: None only for tests of tensors; llama.cpp wants one.
     metadata: more keys, as GGUF spells them ('general.name' ...). Those that
       follow from config, tensors and tokenizer are not taken from here.
-    float_type: 'f32', 'f16' or 'bf16' for matrices that are plain arrays.
+    float_type: of the matrices that are plain arrays; see `gguf_tensors.plan`.
+    on_piece: hears of every piece as it is written.
 
   Returns:
     Bytes of tensor data by GGUF type.
@@ -87,57 +90,24 @@ def save(
     UserError: a weight is missing, misshapen or not finite, a format has no
       GGUF type, or the disk refuses.
   """
-  plan = gguf_tensors.plan(config, tensors, float_type)
-  with atomic.whole_file(path) as temporary:
-    writer = gguf.GGUFWriter(temporary, gguf_metadata.ARCHITECTURE)
-    _add_metadata(writer, config, plan, tokenizer, metadata or {})
-    for p in plan:
-      writer.add_tensor_info(
-          p.gguf_name, p.shape, np.dtype(np.float32), p.num_bytes, p.type
-      )
-    try:
-      writer.write_header_to_file()
-      writer.write_kv_data_to_file()
-      writer.write_ti_data_to_file()
-      for p in plan:
-        writer.write_tensor_data(gguf_tensors.encode(p, tensors[p.name]))
-    finally:
-      writer.close()
-  written = collections.Counter()
-  for p in plan:
-    written[p.type.name] += p.num_bytes
-  return dict(written)
+  if not isinstance(weights, checkpoints.Weights):
+    weights = checkpoints.from_arrays(weights)
+  planned = {p.tensor: p for p in gguf_tensors.plan(config, weights, float_type)}
 
+  def pieces(tensor):
+    p = planned[tensor]
+    for data, written, trained in gguf_tensors.pieces(p, weights):
+      if on_piece is not None:
+        on_piece(p.name, written, trained)
+      yield data
 
-def verify(
-    path: str | os.PathLike,
-    config: model_config.ModelConfig,
-    tensors: Mapping[str, gguf_tensors.Tensor],
-    float_type: str = 'f32',
-) -> None:
-  """Reads a file back and compares every tensor bit for bit.
-
-  Takes what `save` took.
-
-  Raises:
-    UserError: names the first tensor that differs.
-  """
-  stored = gguf_header.read(path).tensors
-  for p in gguf_tensors.plan(config, tensors, float_type):
-    tensor = stored.get(p.gguf_name)
-    if tensor is None or (tensor.type, tensor.shape) != (p.type, p.shape):
-      raise errors.UserError(
-          f'{path}: {p.gguf_name} is not there as {p.type.name} {p.shape}: '
-          'the file was changed, export it again.'
-      )
-    expected = gguf_tensors.encode(p, tensors[p.name]).reshape(-1)
-    if not np.array_equal(
-        gguf_header.read_bytes(path, tensor), expected.view(np.uint8)
-    ):
-      raise errors.UserError(
-          f'{path}: {p.gguf_name} does not hold the bytes that were to be '
-          'written: the disk or the file is damaged, export it again.'
-      )
+  return gguf_out.write(
+      path, gguf_metadata.ARCHITECTURE,
+      lambda writer: _add_metadata(
+          writer, config, list(planned.values()), tokenizer, metadata or {}
+      ),
+      list(planned), pieces,
+  ).num_bytes
 
 
 def _short(metadata):
@@ -214,6 +184,15 @@ def _check(source, config, tensors):
   )
 
 
+def _vision(path, config):
+  beside = gguf_vision.beside(path)
+  if beside is None:
+    return None
+  vision = gguf_vision.load(beside)
+  # Some folder of downloads may hold the tower of another size.
+  return vision if vision.config.text_dim == config.embed_dim else None
+
+
 def _weights(source, config, tensors):
   specs = model_weights.by_layer_specs(config)
   entries = {}
@@ -225,6 +204,8 @@ def _weights(source, config, tensors):
         specs[name].shape,
         tensor.num_bytes,
         functools.partial(_read, source, tensor, specs[name]),
+        functools.partial(_read_raw, source, tensor, specs[name])
+        if gguf_tensors.is_copied(tensor, specs[name]) else None,
     )
   return checkpoints.Weights(entries)
 
@@ -232,3 +213,8 @@ def _weights(source, config, tensors):
 def _read(source, tensor, spec, rows):
   data = gguf_header.read_bytes(source, tensor)
   return gguf_tensors.decode(data, tensor, spec, rows)
+
+
+def _read_raw(source, tensor, spec, rows):
+  data = gguf_header.read_bytes(source, tensor)
+  return gguf_tensors.raw_rows(data, tensor, spec, rows)

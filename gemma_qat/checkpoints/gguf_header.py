@@ -7,6 +7,7 @@ with the file. Here every length is checked before it is used. The layout is
 specified in ggml's docs/gguf.md.
 """
 
+from collections.abc import Iterator
 import mmap
 import os
 import struct
@@ -79,6 +80,18 @@ def read(path: str | os.PathLike) -> Header:
 def read_bytes(path: str | os.PathLike, tensor: Tensor) -> np.ndarray:
   """Maps a tensor's bytes without reading them, [num_bytes] uint8."""
   return np.memmap(path, np.uint8, 'r', tensor.offset, (tensor.num_bytes,))
+
+
+def blocks(
+    path: str | os.PathLike, tensor: Tensor, size: int
+) -> Iterator[bytes]:
+  """Reads a tensor's bytes from the file, `size` at a time."""
+  with open(path, 'rb') as f:
+    f.seek(tensor.offset)
+    rest = tensor.num_bytes
+    while rest and (block := f.read(min(size, rest))):
+      rest -= len(block)
+      yield block
 
 
 class _Cursor:

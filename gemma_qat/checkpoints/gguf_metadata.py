@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 
 from gemma_qat import errors
-from gemma_qat.checkpoints import names
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 
@@ -140,7 +139,7 @@ def read_tokenizer(
         'types: Gemma\'s is SentencePiece ("llama"), convert the model again '
         'with its tokenizer.model.'
     )
-  pieces, scores, types = (a[: names.VOCABULARY] for a in arrays)
+  pieces, scores, types = arrays
   get = lambda key, default: int(metadata.get(f'tokenizer.ggml.{key}', default))
   return tokenizers.from_pieces(
       pieces, scores, types,

@@ -1,16 +1,18 @@
 """Which bytes is a weight in a GGUF, and which weight are such bytes?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import collections
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
+import libgguf
 import ml_dtypes
 import numpy as np
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import gguf_header
+from gemma_qat.checkpoints import gguf_out
 from gemma_qat.checkpoints import names
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
@@ -22,67 +24,71 @@ READABLE = (
     'F32', 'F16', 'BF16', 'Q8_0', 'Q5_0', 'Q5_1', 'Q4_0', 'Q4_1', 'Q2_K',
     'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K',
 )
-FLOAT_TYPES = {'f32': 'F32', 'f16': 'F16', 'bf16': 'BF16'}
+# What a plain array can become. Q6_K is rounded by ggml's own code (libgguf),
+# which a second implementation would only have to follow.
+FLOAT_TYPES = {'f32': 'F32', 'f16': 'F16', 'bf16': 'BF16', 'q6_k': 'Q6_K'}
 
-# (format name, codes and scales) goes into the file as it is.
-Tensor = np.ndarray | tuple[str, formats.Quantized]
+# Unread, read, or (format name, codes and scales), written as they are.
+Tensors = Mapping[str, Any]
 
 # These stay codes and scales when read: GGUF type -> name of our format.
-_OUR_FORMATS = {
-    f.ggml_type: f.name for f in formats.FORMATS.values() if f.ggml_type
-}
+_OUR_FORMATS = {}
+for _f in formats.FORMATS.values():
+  if _f.ggml_type:
+    _OUR_FORMATS.setdefault(_f.ggml_type, _f.name)
 _DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 _FILE_TYPES = {
-    'F32': gguf.LlamaFileType.ALL_F32,
-    'F16': gguf.LlamaFileType.MOSTLY_F16,
-    'BF16': gguf.LlamaFileType.MOSTLY_BF16,
-    'Q4_0': gguf.LlamaFileType.MOSTLY_Q4_0,
-    'Q8_0': gguf.LlamaFileType.MOSTLY_Q8_0,
+    'F32': 'ALL_F32', 'Q2_K': 'MOSTLY_Q2_K', 'Q3_K': 'MOSTLY_Q3_K_M',
+    'Q4_K': 'MOSTLY_Q4_K_M', 'Q5_K': 'MOSTLY_Q5_K_M',
 }
 
 
 class Planned(NamedTuple):
-  """One tensor to be written; shape as in the file, outermost axis first."""
+  """One tensor to be written. is_raw: its bytes are copied from a file."""
 
   name: str
-  gguf_name: str
   spec: model_weights.WeightSpec
-  type: gguf.GGMLQuantizationType
-  shape: tuple[int, ...]
-  num_bytes: int
+  tensor: gguf_out.Tensor
+  is_raw: bool
 
 
 def plan(
     config: model_config.ModelConfig,
-    tensors: Mapping[str, Tensor],
-    float_type: str = 'f32',
+    weights: checkpoints.Weights,
+    float_type: str | Mapping[str, str] = 'f32',
 ) -> list[Planned]:
   """Decides the type of every tensor: codes as they are, norms float32.
 
+  Args:
+    config: the sizes.
+    weights: by-layer name -> weight.
+    float_type: of the matrices that are plain arrays, one of `FLOAT_TYPES`;
+      or by name, 'f32' for those not named.
+
   Raises:
     UserError: a weight is missing, unknown or misshapen, a format has no
-      GGUF type, or `float_type` is none of `FLOAT_TYPES`.
+      GGUF type, or a float type is unknown or does not fit the rows.
   """
-  if float_type not in FLOAT_TYPES:
-    raise errors.UserError(
-        f'Unknown float type {float_type!r}: choose one of '
-        f'{", ".join(FLOAT_TYPES)}.'
-    )
   specs = model_weights.by_layer_specs(config)
-  shapes, number_formats = _shapes_and_formats(tensors)
-  names.check_shapes('export', {n: s.shape for n, s in specs.items()}, shapes)
+  entries = weights.entries
+  names.check_shapes(
+      'export',
+      {n: s.shape for n, s in specs.items()},
+      {n: e.shape for n, e in entries.items()},
+  )
   gguf_names = names.gguf(config)
   planned = []
   for name, spec in specs.items():
-    kind = gguf.GGMLQuantizationType[
-        _type_name(name, spec, number_formats[name], FLOAT_TYPES[float_type])
-    ]
-    shape = names.file_shape(spec)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    num_bytes = int(np.prod(shape, dtype=np.int64)) // block * block_bytes
-    planned.append(
-        Planned(name, gguf_names[name], spec, kind, shape, num_bytes)
+    entry = entries[name]
+    chosen = float_type if isinstance(float_type, str) else (
+        float_type.get(name, 'f32')
     )
+    is_raw = entry.raw is not None
+    kind = entry.type if is_raw else _type_name(name, spec, entry, chosen)
+    shape = names.file_shape(spec)
+    _check_rows(name, shape, kind)
+    tensor = gguf_out.tensor(gguf_names[name], shape, kind)
+    planned.append(Planned(name, spec, tensor, is_raw))
   return planned
 
 
@@ -91,29 +97,62 @@ def file_type(planned: list[Planned]) -> gguf.LlamaFileType:
   weights = collections.Counter()
   for p in planned:
     if not names.is_norm(p.spec) and p.name not in names.OUTER:
-      weights[p.type.name] += int(np.prod(p.shape, dtype=np.int64))
-  return _FILE_TYPES[weights.most_common(1)[0][0]]
+      weights[p.tensor.type.name] += int(np.prod(p.tensor.shape))
+  kind = weights.most_common(1)[0][0]
+  return gguf.LlamaFileType[_FILE_TYPES.get(kind, f'MOSTLY_{kind}')]
 
 
-def encode(planned: Planned, tensor: Tensor) -> np.ndarray:
-  """Makes the bytes of a tensor: a contiguous array of num_bytes bytes.
+def pieces(
+    planned: Planned, weights: checkpoints.Weights
+) -> Iterator[tuple[np.ndarray, Any, Any]]:
+  """Makes the bytes of a tensor, piece by piece.
+
+  Yields:
+    (bytes, what a reader of them sees, what was to be written): the last two
+    are the same object where nothing was rounded.
+  """
+  if planned.is_raw:
+    entry = weights.entries[planned.name]
+    for rows in weights.slices(planned.name):
+      # Stands for weights that nobody decodes: a shape without memory.
+      copied = np.broadcast_to(
+          np.float32(0), (rows.stop - rows.start, *entry.shape[1:])
+      )
+      yield entry.raw(rows), copied, copied
+    return
+  for _, piece in weights.pieces(planned.name):
+    data = encode(planned, piece)
+    if isinstance(piece, checkpoints.Stored):
+      yield data, piece, piece
+    else:
+      yield data, *_seen(planned, data, np.asarray(piece))
+
+
+def encode(planned: Planned, piece) -> np.ndarray:
+  """Makes the bytes of a piece: a contiguous array, a row a row.
 
   Raises:
     UserError: NaN or infinity, or too large for float16.
   """
-  if isinstance(tensor, tuple):
-    name, quantized = tensor
+  if isinstance(piece, tuple):
+    name, quantized = piece
     # float16 is what the file holds: check what it makes of the scale.
     with np.errstate(over='ignore'):
       scale = np.asarray(quantized.scale).astype(np.float16)
     _check_finite(planned, scale)
     return np.ascontiguousarray(formats.get(name).pack(quantized))
+  kind = planned.tensor.type
   if names.is_norm(planned.spec):
     # In float64, see `decode`: the sum is rounded once.
-    tensor = (np.asarray(tensor, np.float64) + 1)
-  values = np.asarray(tensor).astype(np.float32)
+    values = np.asarray(piece, np.float64) + 1
+  else:
+    values = np.asarray(piece).reshape(-1, planned.spec.row_length)
+  if kind.name not in _DTYPES:
+    values = np.ascontiguousarray(values, np.float32)
+    _check_finite(planned, values)
+    return libgguf.quantize_rows(values, int(kind))
   with np.errstate(over='ignore'):
-    values = values.astype(_DTYPES[planned.type.name])
+    values = values.astype(np.float32).astype(_DTYPES[kind.name])
   _check_finite(planned, values)
   return np.ascontiguousarray(values)
 
@@ -144,11 +183,8 @@ def decode(
         gguf.quants.dequantize(data[None], tensor.type)[0]
     )
     return (gains.astype(np.float64) - 1)[rows]
-  # The outermost axis may stand for several rows of the file: heads do.
-  start, stop, _ = rows.indices(spec.shape[0])
-  shape = (stop - start, *spec.shape[1:])
-  per_step = names.file_shape(spec)[0] // spec.shape[0]
-  data = data.reshape(tensor.shape[0], -1)[start * per_step : stop * per_step]
+  data = raw_rows(data, tensor, spec, rows)
+  shape = (len(range(*rows.indices(spec.shape[0]))), *spec.shape[1:])
   if (name := our_format(tensor, spec)) is not None:
     return checkpoints.Stored(name, formats.get(name).unpack(data, shape))
   if kind in _DTYPES:
@@ -166,40 +202,73 @@ def our_format(
   return None if names.is_norm(spec) else _OUR_FORMATS.get(tensor.type.name)
 
 
-def _shapes_and_formats(tensors):
-  """Returns {name: shape} and {name: format name or None}."""
-  if isinstance(tensors, checkpoints.Weights):
-    # Known without reading: a lazy checkpoint is read once, when written.
-    entries = tensors.entries
-    return (
-        {n: e.shape for n, e in entries.items()},
-        {n: e.format for n, e in entries.items()},
-    )
-  shapes, number_formats = {}, {}
-  for name, tensor in tensors.items():
-    if isinstance(tensor, tuple):
-      number_formats[name], quantized = tensor
-      shapes[name] = np.shape(quantized.codes)
-    else:
-      number_formats[name], shapes[name] = None, np.shape(tensor)
-  return shapes, number_formats
+def raw_rows(
+    data: np.ndarray,
+    tensor: gguf_header.Tensor,
+    spec: model_weights.WeightSpec,
+    rows: slice,
+) -> np.ndarray:
+  """Cuts the bytes of rows out of a tensor's, [rows, row bytes] uint8."""
+  # The outermost axis may stand for several rows of the file: heads do.
+  start, stop, _ = rows.indices(spec.shape[0])
+  per_step = names.file_shape(spec)[0] // spec.shape[0]
+  return data.reshape(tensor.shape[0], -1)[start * per_step : stop * per_step]
 
 
-def _type_name(name, spec, format_name, float_name):
-  if format_name is None:
-    return 'F32' if names.is_norm(spec) else float_name
+def is_copied(
+    tensor: gguf_header.Tensor, spec: model_weights.WeightSpec
+) -> bool:
+  """Whether only a copy of the bytes gives the same tensor again."""
+  kind = tensor.type.name
+  return not (
+      names.is_norm(spec) or kind in _DTYPES or our_format(tensor, spec)
+  )
+
+
+def _seen(planned, data, piece):
+  """What a reader of float bytes sees, and what was meant, both float32."""
+  kind = planned.tensor.type
+  if kind.name in _DTYPES:
+    seen = data.astype(np.float32)
+  else:
+    seen = libgguf.dequantize_rows(
+        data, int(kind), planned.spec.row_length
+    ).astype(np.float32)
+  if names.is_norm(planned.spec):
+    piece = piece.astype(np.float64) + 1
+  return seen.reshape(-1), piece.astype(np.float32).reshape(-1)
+
+
+def _type_name(name, spec, entry, float_type):
+  if entry.format is None:
+    if float_type not in FLOAT_TYPES:
+      raise errors.UserError(
+          f'Unknown float type {float_type!r}: choose one of '
+          f'{", ".join(FLOAT_TYPES)}.'
+      )
+    return 'F32' if names.is_norm(spec) else FLOAT_TYPES[float_type]
   if names.is_norm(spec):
     raise errors.UserError(f'{name} is a norm: GGUF wants those in float32.')
-  number_format = formats.get(format_name)
+  number_format = formats.get(entry.format)
   if number_format.ggml_type is None:
     raise errors.UserError(
-        f'{name} is in {format_name}, which GGUF does not know: choose one of '
+        f'{name} is in {entry.format}, which GGUF does not know: choose one of '
         f'{", ".join(_OUR_FORMATS.values())} or another layout.'
     )
   return number_format.ggml_type
 
 
+def _check_rows(name, shape, kind):
+  block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+  if shape[-1] % block:
+    raise errors.UserError(
+        f'{name} has rows of {shape[-1]}, but {kind} comes in blocks of '
+        f'{block}: choose another type (q8_0 fits every Gemma 3).'
+    )
+
+
 def _check_finite(planned, values):
   rules.check_finite(
-      f'{planned.name} ({planned.gguf_name}) as {planned.type.name}', values
+      f'{planned.name} ({planned.tensor.name}) as {planned.tensor.type.name}',
+      values,
   )

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -12,12 +13,19 @@ from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import huggingface_tokenizer
 from gemma_qat.checkpoints import names
-from gemma_qat.data import tokenizer as tokenizers
+from gemma_qat.checkpoints import padding
+from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
 
 _WHOLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # As safetensors calls them -> bytes a weight.
 _READABLE = {'F32': 4, 'F16': 2, 'BF16': 2}
+# What processors and generation are told, which no weight depends on.
+_EXTRAS = (
+    'generation_config.json', 'preprocessor_config.json',
+    'processor_config.json',
+)
+_LARGEST_EXTRA = 2**20
 
 
 def is_folder(path: str | os.PathLike) -> bool:
@@ -28,9 +36,6 @@ def is_folder(path: str | os.PathLike) -> bool:
 def load(folder: str | os.PathLike) -> checkpoints.Checkpoint:
   """Opens a folder; weights are read when they are asked for.
 
-  The vision tower of larger checkpoints is left out and named in the
-  metadata ('ignored_tensors').
-
   Raises:
     UserError: no safetensors, not a Gemma 3, damaged or incomplete.
   """
@@ -38,50 +43,64 @@ def load(folder: str | os.PathLike) -> checkpoints.Checkpoint:
   settings = huggingface_tokenizer.read_json(folder / 'config.json')
   found = _find_tensors(folder)
   prefix = _prefix(folder, found)
-  rows, *_ = found[f'{prefix}embed_tokens.weight'][1] or (0,)
+  rows, *_ = found[f'{prefix}embed_tokens.weight'].shape or (0,)
+  tokenizer = huggingface_tokenizer.load(folder)
   config = huggingface_config.read(
-      settings, str(folder / 'config.json'), min(rows, names.VOCABULARY)
-  )
-  ignored = sorted(
-      n for n in found
-      # Some writers repeat the tied embedding as the output head.
-      if n.startswith(names.HUGGINGFACE_VISION) or n.endswith('lm_head.weight')
+      settings, str(folder / 'config.json'),
+      padding.count_tokens(str(folder), rows, tokenizer),
   )
   if config.num_layers > len(found):
     raise errors.UserError(
         f'{folder} announces {config.num_layers:,} layers, but has '
         f'{len(found)} tensors: config.json and weights do not belong together.'
     )
-  specs = model_weights.by_layer_specs(config)
+  # Some writers repeat the tied embedding as the output head.
+  heads = [n for n in found if n.endswith('lm_head.weight')]
+  rest = {n: t for n, t in found.items() if n not in heads}
+  tower = {
+      n.removeprefix('model.'): rest.pop(n) for n in list(rest)
+      if n.startswith(names.HUGGINGFACE_VISION)
+  }
   file_names = names.huggingface(config, prefix)
-  text = {n: f[1] for n, f in found.items() if n not in set(ignored)}
-  text[file_names['embedding']] = (config.vocab_size, *text[
-      file_names['embedding']][1:])
-  names.check_shapes(
-      str(folder),
-      {file_names[n]: names.file_shape(s) for n, s in specs.items()},
-      text,
+  embedding = file_names['embedding']
+  rest[embedding] = rest[embedding]._replace(
+      shape=(config.vocab_size, *rest[embedding].shape[1:])
   )
-  metadata = {'dtype': settings.get('dtype', settings.get('torch_dtype'))}
-  if ignored:
-    metadata['ignored_tensors'] = ignored
   return checkpoints.Checkpoint(
       config=config,
-      weights=_weights(specs, file_names, found),
-      tokenizer=_tokenizer(folder, config),
-      metadata=metadata,
+      weights=_weights(
+          folder, model_weights.by_layer_specs(config), file_names, rest
+      ),
+      tokenizer=padding.cut(tokenizer, config.vocab_size),
+      metadata={
+          'dtype': settings.get('dtype', settings.get('torch_dtype')),
+          **({'ignored_tensors': heads} if heads else {}),
+      },
       source=str(folder),
       layout='huggingface',
+      vision=_vision(folder, settings, config, tower) if tower else None,
+      extras=_extras(folder),
   )
 
 
-def _find_tensors(folder):
-  """Returns {name: (file, shape, type)} of all safetensors files."""
+class _Tensor(NamedTuple):
+  path: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+  type: str
+
+
+def _find_tensors(folder) -> dict[str, _Tensor]:
+  """Lists the tensors of all safetensors files."""
   if (folder / _INDEX).is_file():
     index = huggingface_tokenizer.read_json(folder / _INDEX)
-    shards = sorted(set(index.get('weight_map', {}).values()))
-    if any(pathlib.Path(s).name != s for s in shards):
-      raise errors.UserError(f'{folder / _INDEX} names files elsewhere.')
+    shards = index.get('weight_map')
+    shards = shards.values() if isinstance(shards, dict) else [None]
+    if any(not isinstance(s, str) or pathlib.Path(s).name != s for s in shards):
+      raise errors.UserError(
+          f'{folder / _INDEX} names files elsewhere or none: fetch it again.'
+      )
+    shards = sorted(set(shards))
   elif (folder / _WHOLE).is_file():
     shards = [_WHOLE]
   else:
@@ -94,8 +113,8 @@ def _find_tensors(folder):
     with _open(folder / shard) as f:
       for name in f.keys():
         piece = f.get_slice(name)
-        found[name] = (
-            folder / shard, tuple(piece.get_shape()), piece.get_dtype()
+        found[name] = _Tensor(
+            folder / shard, name, tuple(piece.get_shape()), piece.get_dtype()
         )
   return found
 
@@ -113,53 +132,80 @@ def _prefix(folder, found):
   for prefix in names.HUGGINGFACE_PREFIXES:
     if f'{prefix}embed_tokens.weight' in found:
       return prefix
+  if any(n.endswith(('_packed', '.scales', '.qweight')) for n in found):
+    raise errors.UserError(
+        f'{folder} holds weights that are quantized already: give the '
+        'unquantized folder, or the GGUF, that they were made from.'
+    )
   raise errors.UserError(
       f'{folder} has no embed_tokens.weight behind any of '
       f'{", ".join(names.HUGGINGFACE_PREFIXES)}: is it a Gemma 3?'
   )
 
 
-def _weights(specs, file_names, found):
-  entries = {}
-  for name, spec in specs.items():
-    path, shape, kind = found[file_names[name]]
-    if kind not in _READABLE:
-      raise errors.UserError(
-          f'{path}: {file_names[name]} has type {kind}; readable are '
-          f'{", ".join(_READABLE)}.'
-      )
-    entries[name] = checkpoints.Entry(
-        kind, None, spec.shape, _READABLE[kind] * int(np.prod(shape)),
-        functools.partial(_read, path, file_names[name], spec),
+def _weights(folder, specs, file_names, found):
+  names.check_shapes(
+      str(folder),
+      {file_names[n]: names.file_shape(s) for n, s in specs.items()},
+      {n: t.shape for n, t in found.items()},
+  )
+  return checkpoints.Weights({
+      n: _entry(found[file_names[n]], s, names.file_shape(s)[0], np.float32)
+      for n, s in specs.items()
+  })
+
+
+def _vision(folder, settings, config, found):
+  sizes = huggingface_config.read_vision(
+      settings, str(folder / 'config.json'), config.embed_dim
+  )
+  if sizes.num_layers > len(found):
+    raise errors.UserError(
+        f'{folder} announces {sizes.num_layers:,} vision layers, but has '
+        f'{len(found)} tensors of them: config.json and weights do not belong '
+        'together.'
     )
-  return checkpoints.Weights(entries)
+  specs = vision_config.specs(sizes)
+  file_names = {n: f.huggingface for n, f in names.vision(sizes).items()}
+  names.check_shapes(
+      str(folder),
+      {file_names[n]: s.shape for n, s in specs.items()},
+      {n: t.shape for n, t in found.items()},
+  )
+  return checkpoints.Vision(sizes, checkpoints.Weights({
+      n: _entry(found[file_names[n]], s, s.shape[0], None)
+      for n, s in specs.items()
+  }))
 
 
-def _read(path, name, spec, rows):
+def _entry(tensor, spec, file_rows, dtype):
+  if tensor.type not in _READABLE:
+    raise errors.UserError(
+        f'{tensor.path}: {tensor.name} has type {tensor.type}; readable are '
+        f'{", ".join(_READABLE)}.'
+    )
+  count = int(np.prod(spec.shape, dtype=np.int64))
+  return checkpoints.Entry(
+      tensor.type, None, spec.shape, _READABLE[tensor.type] * count,
+      functools.partial(_read, tensor, spec, file_rows, dtype),
+  )
+
+
+def _read(tensor, spec, file_rows, dtype, rows):
   # Not to the end: the embedding may be padded beyond the vocabulary.
   start, stop, _ = rows.indices(spec.shape[0])
-  per_step = names.file_shape(spec)[0] // spec.shape[0]
-  with _open(path) as f:
-    values = f.get_slice(name)[start * per_step : stop * per_step]
-  return values.astype(np.float32).reshape(stop - start, *spec.shape[1:])
+  per_step = file_rows // spec.shape[0]
+  with _open(tensor.path) as f:
+    values = f.get_slice(tensor.name)[start * per_step : stop * per_step]
+  values = values if dtype is None else values.astype(dtype)
+  return values.reshape(stop - start, *spec.shape[1:])
 
 
-def _tokenizer(folder, config):
-  tokenizer = huggingface_tokenizer.load(folder)
-  if tokenizer is None or tokenizer.vocab_size == config.vocab_size:
-    return tokenizer
-  if tokenizer.vocab_size > config.vocab_size:
-    # The tokenizer of models with vision has one piece more, the image's.
-    size = config.vocab_size
-    return tokenizers.from_pieces(
-        tokenizer.pieces[:size], tokenizer.scores[:size],
-        tokenizer.types[:size],
-        bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id, unk_id=tokenizer.unk_id,
-        chat_template=tokenizer.chat_template,
-    )
-  raise errors.UserError(
-      f'{folder} has {tokenizer.vocab_size:,} tokens, but '
-      f'{config.vocab_size:,} rows in its embedding: tokenizer and weights do '
-      'not belong together.'
-  )
+def _extras(folder):
+  """Small files that only pass through, from a folder to a folder."""
+  extras = {}
+  for name in _EXTRAS:
+    path = folder / name
+    if path.is_file() and path.stat().st_size <= _LARGEST_EXTRA:
+      extras[name] = path.read_bytes()
+  return extras

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_qat import errors
 from gemma_qat.model import config as model_config
+from gemma_qat.model import vision as vision_config
 
 # transformers' defaults for Gemma3TextConfig: published files leave these out.
 _DEFAULTS = {
@@ -20,6 +21,15 @@ _DEFAULTS = {
     'max_position_embeddings': 131_072,
     'rms_norm_eps': 1e-6,
     'sliding_window': 4096,
+}
+_VISION = {
+    'image_size': 'image_size',
+    'patch_size': 'patch_size',
+    'width': 'hidden_size',
+    'mlp_dim': 'intermediate_size',
+    'num_layers': 'num_hidden_layers',
+    'num_heads': 'num_attention_heads',
+    'norm_epsilon': 'layer_norm_eps',
 }
 _PATTERN = 6
 _ROPE_GLOBAL, _ROPE_LOCAL = 1_000_000.0, 10_000.0
@@ -53,6 +63,45 @@ def read(
     raise errors.UserError(
         f'{source} holds a value of the wrong kind ({error}): fetch it again.'
     ) from error
+
+
+def read_vision(
+    config: dict[str, Any], source: str, text_dim: int
+) -> vision_config.VisionConfig:
+  """Builds the sizes of the vision tower from the same file.
+
+  Args:
+    config: the parsed file.
+    source: its path, for messages.
+    text_dim: width of the text model.
+
+  Raises:
+    UserError: values that are no sizes.
+  """
+  said = config.get('vision_config') or {}
+  defaults = vision_config.VisionConfig(text_dim)
+  try:
+    sizes = {
+        field: type(getattr(defaults, field))(
+            said.get(key, getattr(defaults, field))
+        )
+        for field, key in _VISION.items()
+    }
+    sizes['tokens_per_image'] = int(
+        config.get('mm_tokens_per_image', defaults.tokens_per_image)
+    )
+  except (AttributeError, TypeError, ValueError, OverflowError) as error:
+    raise errors.UserError(
+        f'{source}: vision_config holds a value of the wrong kind ({error}): '
+        'fetch it again.'
+    ) from error
+  for field, value in sizes.items():
+    if value <= 0:
+      raise errors.UserError(
+          f'{source}: vision_config.{_VISION.get(field, field)} is {value}, '
+          'expected a positive number.'
+      )
+  return vision_config.VisionConfig(text_dim, **sizes)
 
 
 def write(

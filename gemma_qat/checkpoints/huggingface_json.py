@@ -9,22 +9,24 @@ from typing import Any
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import names
+from gemma_qat.checkpoints import padding
 from gemma_qat.checkpoints import tokenizer_out
 
-# Rows that published folders with vision have in their embedding. The soft
-# token of an image has the id behind Gemma's last, 262,144: its row must be
-# there to be looked up, and tables come in multiples of 64.
-_PADDED = 262_208
 _IMAGE_FILES = ('preprocessor_config.json', 'processor_config.json')
 _GENERATION = 'generation_config.json'
 
 
-def padding(checkpoint: checkpoints.Checkpoint) -> int:
-  """How many rows of zeros the embedding gets: 64 beside a vision tower."""
+def padding_rows(checkpoint: checkpoints.Checkpoint) -> int:
+  """How many rows of zeros the embedding gets: 64 beside a vision tower.
+
+  As in the published folders.
+  """
   is_gemma = checkpoint.config.vocab_size == names.VOCABULARY
   if checkpoint.vision is None or not is_gemma:
     return 0
-  return _PADDED - names.VOCABULARY
+  # The soft token of an image has the id behind Gemma's last, 262,144: its row
+  # must be there to be looked up, and tables come in multiples of 64.
+  return padding.PADDED_VOCABULARY - names.VOCABULARY
 
 
 def config(checkpoint: checkpoints.Checkpoint, dtype: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def config(checkpoint: checkpoints.Checkpoint, dtype: str) -> dict[str, Any]:
   """
   sizes = dataclasses.replace(
       checkpoint.config,
-      vocab_size=checkpoint.config.vocab_size + padding(checkpoint),
+      vocab_size=checkpoint.config.vocab_size + padding_rows(checkpoint),
   )
   ids = _ids(checkpoint.tokenizer)
   text = huggingface_config.write(sizes, dtype, ids)

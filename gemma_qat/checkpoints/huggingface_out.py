@@ -15,7 +15,7 @@ def save(
     folder: str | os.PathLike,
     checkpoint: checkpoints.Checkpoint,
     dtype: str = 'bfloat16',
-    on_piece: folder_out.OnPiece | None = None,
+    on_piece: checkpoints.OnPiece | None = None,
     shard_bytes: int = safetensors_out.SHARD_BYTES,
 ) -> dict[str, int]:
   """Writes every weight as floats; codes and scales by their values.
@@ -50,7 +50,7 @@ def save_w4a16(
     checkpoint: checkpoints.Checkpoint,
     scale_dtype: str = 'auto',
     dtype: str = 'float32',
-    on_piece: folder_out.OnPiece | None = None,
+    on_piece: checkpoints.OnPiece | None = None,
     shard_bytes: int = safetensors_out.SHARD_BYTES,
 ) -> dict[str, int]:
   """Writes the codes and scales for compressed-tensors: vLLM, transformers.

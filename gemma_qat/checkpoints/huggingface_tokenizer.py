@@ -9,6 +9,10 @@ from gemma_qat import errors
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.data import vocabulary
 
+_SPACE = '\u2581'
+# Tokens that a fine-tune may add; a damaged id must not fill the memory.
+_MOST_ADDED = 2**16
+
 
 def load(folder: pathlib.Path) -> tokenizers.Tokenizer | None:
   """Reads tokenizer.model, else tokenizer.json; None where neither is.
@@ -24,6 +28,8 @@ def load(folder: pathlib.Path) -> tokenizers.Tokenizer | None:
   if (folder / 'tokenizer.model').is_file():
     data = (folder / 'tokenizer.model').read_bytes()
     tokenizer = tokenizers.from_proto(data, template)
+    # A fine-tune's own tokens stand beside it, not in it.
+    tokenizer = _with_added(tokenizer, _added_tokens(folder, settings), folder)
   elif (folder / 'tokenizer.json').is_file():
     path = folder / 'tokenizer.json'
     try:
@@ -69,6 +75,66 @@ def _chat_template(folder, settings):
   beside = read_json(folder / 'chat_template.json', {})
   template = beside.get('chat_template', settings.get('chat_template'))
   return template if isinstance(template, str) else None
+
+
+def _added_tokens(folder, settings) -> dict[int, dict[str, Any]]:
+  """Gathers {id: {content, special}} from wherever it is said.
+
+  Oldest first: added_tokens.json, tokenizer.json, `added_tokens_decoder`.
+  """
+  found = {}
+  try:
+    for content, i in read_json(folder / 'added_tokens.json', {}).items():
+      found[int(i)] = {'content': content}
+    fast = read_json(folder / 'tokenizer.json', {}).get('added_tokens') or []
+    for token in fast:
+      found[int(token['id'])] = token
+    for i, token in (settings.get('added_tokens_decoder') or {}).items():
+      found[int(i)] = token
+    return {i: {'content': str(t['content']), 'special': t.get('special')}
+            for i, t in found.items()}
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise errors.UserError(
+        f'{folder} says its added tokens in an unknown form ({error!r}): '
+        'fetch its tokenizer files again.'
+    ) from error
+
+
+def _with_added(tokenizer, added, folder):
+  """Puts a fine-tune's tokens into the vocabulary that it started from.
+
+  A token behind the end is appended; one with the id of an unused piece takes
+  its place; one that is there already becomes CONTROL where it is special.
+  """
+  size = tokenizer.vocab_size
+  if added and max(added) >= size + _MOST_ADDED or min(added, default=0) < 0:
+    raise errors.UserError(
+        f'{folder} adds a token with id {max(added):,} to a vocabulary of '
+        f'{size:,}: its tokenizer files do not belong together.'
+    )
+  pieces, scores = list(tokenizer.pieces), tokenizer.scores.tolist()
+  types = tokenizer.types.tolist()
+  for i in range(size, max(added, default=-1) + 1):
+    # An id that no file names; llama.cpp's converter calls it so, too.
+    pieces.append(f'[PAD{i}]')
+    scores.append(0.0)
+    types.append(vocabulary.UNUSED)
+  for i, token in added.items():
+    content = token['content'].replace(_SPACE, ' ')
+    is_new = pieces[i].replace(_SPACE, ' ') != content
+    if token['special']:
+      types[i] = vocabulary.CONTROL
+    elif is_new:
+      types[i] = vocabulary.USER_DEFINED
+    if is_new:
+      pieces[i] = content
+  if (pieces, types) == (list(tokenizer.pieces), tokenizer.types.tolist()):
+    return tokenizer
+  ids = {f'{n}_id': getattr(tokenizer, f'{n}_id')
+         for n in ('bos', 'eos', 'pad', 'unk')}
+  return tokenizers.from_pieces(
+      pieces, scores, types, **ids, chat_template=tokenizer.chat_template
+  )
 
 
 def _end_id(folder, settings, tokenizer):

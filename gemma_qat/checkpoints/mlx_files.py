@@ -16,7 +16,7 @@ def save(
     folder: str | os.PathLike,
     checkpoint: checkpoints.Checkpoint,
     scale_dtype: str = 'auto',
-    on_piece: folder_out.OnPiece | None = None,
+    on_piece: checkpoints.OnPiece | None = None,
     shard_bytes: int = safetensors_out.SHARD_BYTES,
 ) -> dict[str, int]:
   """Writes codes and scales as MLX's affine groups of 32.

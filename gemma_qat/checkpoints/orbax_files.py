@@ -220,8 +220,8 @@ def _weights(step, config, plan, student):
     if group is not None:
       node = jax.tree.map(lambda a, g=group: a[g], node)
     entries[name] = checkpoints.Entry(
-        entry.format.name if entry else str(_main(node).dtype),
-        entry.format.name if entry else None,
+        entry.format.stored_as if entry else str(_main(node).dtype),
+        entry.format.stored_as if entry else None,
         spec.shape,
         sum(a.nbytes for a in jax.tree.leaves(node)),
         functools.partial(_read, node, entry),
@@ -238,7 +238,7 @@ def _read(node, entry, rows):
   quantize = lattice.quantized if is_fixed else _quantized
   codes, scale = quantize(node, *entry)
   return checkpoints.Stored(
-      entry.format.name,
+      entry.format.stored_as,
       formats.Quantized(np.asarray(codes), np.asarray(scale)),
   )
 

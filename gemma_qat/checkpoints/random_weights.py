@@ -68,7 +68,7 @@ def _vision(config, is_tiny, draw):
   if is_tiny:
     # As odd as the real one: an MLP width that no block of 32 divides.
     sizes = vision_config.VisionConfig(
-        text_dim=config.embed_dim, image_size=56, width=32, mlp_dim=72,
+        text_dim=config.embed_dim, image_size=112, width=32, mlp_dim=72,
         num_layers=2, num_heads=2, tokens_per_image=4,
     )
   specs = vision_config.specs(sizes)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
 from typing import NamedTuple
 import zlib
 
@@ -69,12 +68,10 @@ def write(
     Bytes of tensor data by dtype.
 
   Raises:
-    UserError: too little space on the disk, found out before anything is
-      written; or the disk returns other bytes than it was given.
+    UserError: the disk returns other bytes than it was given.
     ValueError: chunks that are not the tensors that were announced.
   """
   folder = pathlib.Path(folder)
-  _check_space(folder, sum(t.num_bytes for t in tensors))
   shards = _plan(folder, tensors, written_for, shard_bytes)
   sums = _write_shards(shards, chunks)
   for shard in shards:
@@ -85,16 +82,6 @@ def write(
   for tensor in tensors:
     totals[tensor.dtype] += tensor.num_bytes
   return dict(totals)
-
-
-def _check_space(folder, needed):
-  free = shutil.disk_usage(folder).free
-  if needed > free:
-    raise errors.UserError(
-        f'{folder.parent} has {free / 1e9:,.1f} GB of free space, but the '
-        f'model needs {needed / 1e9:,.1f} GB: make room or choose another '
-        'disk.'
-    )
 
 
 def _plan(folder, tensors, written_for, shard_bytes):

@@ -4,17 +4,11 @@ import pathlib
 from typing import Any
 
 from gemma_qat.checkpoints import huggingface_tokenizer
+from gemma_qat.checkpoints import padding
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.data import vocabulary
 
 _SPACE = '\u2581'
-# What stands around an image's soft tokens, and the soft token itself, which
-# has an id behind the vocabulary.
-_IMAGE_PIECES = {
-    'boi_token': '<start_of_image>',
-    'eoi_token': '<end_of_image>',
-    'image_token': '<image_soft_token>',
-}
 _IMAGE_IDS = {'boi_token': 255_999, 'eoi_token': 256_000,
               'image_token': 262_144}
 _NO_LIMIT = 1000000000000000019884624838656
@@ -29,7 +23,7 @@ def image_ids(tokenizer: tokenizers.Tokenizer | None) -> dict[str, int]:
   if tokenizer is None:
     return dict(_IMAGE_IDS)
   ids, behind = {}, tokenizer.vocab_size
-  for name, piece in _IMAGE_PIECES.items():
+  for name, piece in padding.IMAGE_PIECES.items():
     if piece in tokenizer.pieces:
       ids[name] = tokenizer.pieces.index(piece)
     else:
@@ -56,7 +50,7 @@ def save(
       for name in ('bos', 'eos', 'pad', 'unk')
   }
   if images:
-    named |= _IMAGE_PIECES
+    named |= padding.IMAGE_PIECES
     behind = {
         token['content']: i for i, token in added.items()
         if i >= tokenizer.vocab_size
@@ -79,7 +73,7 @@ def save(
       **named,
   }
   if images:
-    settings['extra_special_tokens'] = dict(_IMAGE_PIECES)
+    settings['extra_special_tokens'] = dict(padding.IMAGE_PIECES)
     settings['processor_class'] = 'Gemma3Processor'
   if tokenizer.chat_template is not None:
     settings['chat_template'] = tokenizer.chat_template
@@ -99,7 +93,7 @@ def _added_tokens(tokenizer, images):
       added[i] = _added(piece, int(kind) in special)
   if images:
     for name, i in image_ids(tokenizer).items():
-      added[i] = _added(_IMAGE_PIECES[name], True)
+      added[i] = _added(padding.IMAGE_PIECES[name], True)
   return dict(sorted(added.items()))
 
 

@@ -3,11 +3,10 @@
 import argparse
 import os
 
-from gemma_qat import errors
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export as export_lib
+from gemma_qat.checkpoints import layouts
 from gemma_qat.commands import export as export_command
-from gemma_qat.quant import formats
 
 _FLOATS = ('f16', 'bf16', 'f32')
 
@@ -20,13 +19,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--format', required=True,
                       help='of the matrices: q4_0, q8_0; or f16, bf16, f32 for '
                       'a file that is not quantized')
-  parser.add_argument('--embedding', choices=export_lib.EMBEDDINGS,
-                      default='q8_0', help='(default: q8_0)')
+  parser.add_argument('--embedding', default='q8_0',
+                      help='q8_0 (default), q4_0, q6_k, f16 ...')
   arguments = parser.parse_args(argv)
-  written = quantize(
+  export_command.show(quantize(
       arguments.source, arguments.to, arguments.format, arguments.embedding
-  )
-  export_command.report(arguments.to, written)
+  ))
   return 0
 
 
@@ -35,20 +33,18 @@ def quantize(
     path: str | os.PathLike,
     format: str,
     embedding: str = 'q8_0',
-) -> dict[str, int]:
+) -> export_lib.Exported:
   """Quantizes what `detect.load` finds at source.
 
   Raises:
     UserError: a format that GGUF does not know, or no such checkpoint.
   """
-  known = [f.name for f in formats.FORMATS.values() if f.ggml_type]
-  if format not in (*known, *_FLOATS):
-    raise errors.UserError(
-        f'Unknown format {format!r}: choose one of '
-        f'{", ".join((*known, *_FLOATS))}.'
-    )
-  checkpoint = detect.load(source)
   if format in _FLOATS:
-    return export_lib.save_float(checkpoint, path, format)
-  choices = export_lib.uniform_choices(checkpoint, format, embedding)
-  return export_lib.quantize(checkpoint, path, choices)
+    embedding = format
+  target = layouts.Target('gguf', format, embedding)
+  layouts.check(target)
+  checkpoint = detect.load(source)
+  with export_command.progress('quantize', checkpoint) as advance:
+    return export_lib.convert(
+        checkpoint, path, target, advance, recover=False
+    )

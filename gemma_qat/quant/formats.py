@@ -4,7 +4,8 @@ Weights are [..., outputs, inputs...] with the `contraction` last axes summed
 over by the product. A block format cuts the last axis into blocks with a
 float16 scale each; a per-channel format has one float32 scale for everything
 that the product sums over. Value = scale * (code - zero), or what `decode`
-says. Another format is another entry in `FORMATS`.
+says. Another format is another entry in `FORMATS`; `bf16_safe` finds the one
+that keeps to a subset of its points.
 """
 
 import dataclasses
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.quant import anchored
 from gemma_qat.quant import ggml
 from gemma_qat.quant import per_channel
 from gemma_qat.quant import rounding
+from gemma_qat.quant import sfp8
 from gemma_qat.quant import straight_through
 
 
@@ -48,6 +51,11 @@ class Format:
     lowest, highest, zero: the codes of a uniform format.
     decode: codes -> float32 in units of the scale; None for code - zero.
     pack_codes, unpack_codes: codes [n, block] <-> bytes [n, k], numpy.
+    round_scale: float32 -> the block scales that are allowed, with a straight-
+      through gradient.
+    base: name of the format whose points include this one's; files name that
+      one. None where there is none.
+    anchored: whether every block has to use code 0; see `quant.anchored`.
   """
 
   name: str
@@ -61,6 +69,14 @@ class Format:
   decode: Callable[[jax.Array], jax.Array] | None = None
   pack_codes: Callable[[np.ndarray], np.ndarray] | None = None
   unpack_codes: Callable[[np.ndarray], np.ndarray] | None = None
+  round_scale: Callable[[jax.Array], jax.Array] = rounding.round_to_float16
+  base: str | None = None
+  anchored: bool = False
+
+  @property
+  def stored_as(self) -> str:
+    """Name of the format that codes and scales have in a file."""
+    return self.base or self.name
 
   def quantize(self, weight: jax.Array, contraction: int = 1) -> Quantized:
     """Rounds a weight by the format's reference rule.
@@ -130,7 +146,7 @@ class Format:
 
   def stored_scale(self, scale: jax.Array) -> jax.Array:
     """Returns the scale as files store it: through float16 in blocks."""
-    return scale if self.block is None else rounding.round_to_float16(scale)
+    return scale if self.block is None else self.round_scale(scale)
 
   def blocks(self, x: jax.Array) -> jax.Array:
     """Cuts the last axis: [..., last] to [..., last / block, block].
@@ -225,13 +241,27 @@ FORMATS = {
             'int4', 4.0, per_channel.int4,
             lowest=-per_channel.INT4_MAX, highest=per_channel.INT4_MAX,
         ),
-        Format('sfp8', 8.0, per_channel.sfp8, decode=per_channel.sfp8_values),
+        Format('sfp8', 8.0, per_channel.sfp8, decode=sfp8.decode),
     )
 }
+
+# What config.quant.bf16_safe_scales makes of a format. Not in `FORMATS`, since
+# files do not know it and nobody names it.
+_BF16_SAFE = dataclasses.replace(
+    FORMATS['q4_0'], name='q4_0_bf16', rule=anchored.q4_0,
+    round_scale=rounding.round_to_both, base='q4_0', anchored=True,
+)
+
+
+def bf16_safe(format: Format) -> Format:
+  """Returns the format with scales that bfloat16 holds too; others as given."""
+  return _BF16_SAFE if format.name == _BF16_SAFE.base else format
 
 
 def get(name: str) -> Format:
   """Returns a format by name, or a UserError that lists the names."""
+  if name == _BF16_SAFE.name:
+    return _BF16_SAFE
   if name not in FORMATS:
     raise errors.UserError(
         f'Unknown number format {name!r}: choose one of {", ".join(FORMATS)}.'

@@ -1,5 +1,7 @@
 """Which codes lose least of a layer's output, rounding errors traded off?"""
 
+import functools
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import scipy.linalg
 
 from gemma_qat import errors
+from gemma_qat.quant import anchored
 from gemma_qat.quant import formats
 from gemma_qat.quant import rules
 from gemma_qat.quant import search
@@ -15,13 +18,18 @@ _Q4_0 = formats.FORMATS['q4_0']
 
 
 def gptq_q4_0(
-    weight: jax.Array, hessian: np.ndarray, damping: float = 0.01
+    weight: jax.Array,
+    hessian: np.ndarray,
+    damping: float = 0.01,
+    format: formats.Format = _Q4_0,
 ) -> formats.Quantized:
   """Rounds column after column; later columns make up for earlier errors.
 
   Columns go in their natural order, as Q4_0's blocks need. A block's scales
   are searched (`search.search_block`) on the weights as compensated so far,
-  with the Hessian's diagonal as importance. Source: Frantar et al., GPTQ.
+  with the Hessian's diagonal as importance. An anchored format has the weight
+  nearest to level -8 get it, even if its compensation led away from there.
+  Source: Frantar et al., GPTQ.
 
   Rows do not depend on each other: stack matrices that share their inputs
   (query, key and value; gate and up) to factor the Hessian once. On a busy
@@ -31,28 +39,28 @@ def gptq_q4_0(
     weight: float32 [R, C], C a multiple of 32.
     hessian: [C, C], sum or mean of x x^T over the layer's inputs x.
     damping: share of the mean diagonal that is added to the diagonal.
+    format: Q4_0 or what `formats.bf16_safe` makes of it.
 
   Returns:
-    Codes [R, C] and float16-valued scales [R, C / 32].
+    Codes [R, C] and the format's scales [R, C / 32].
 
   Raises:
     UserError: C is not a multiple of 32, or the Hessian is not finite, not
       C x C, or not positive semidefinite.
   """
   columns = weight.shape[1]
-  if columns % _Q4_0.block or hessian.shape != (columns, columns):
+  if columns % format.block or hessian.shape != (columns, columns):
     raise errors.UserError(
         f'A weight of shape {tuple(weight.shape)} needs rows that are a '
-        f'multiple of {_Q4_0.block} and a Hessian of {columns} x {columns}, '
+        f'multiple of {format.block} and a Hessian of {columns} x {columns}, '
         f'not of shape {tuple(hessian.shape)}.'
     )
   rules.check_finite('The Hessian', hessian)
   factor = _inverse_factor(np.asarray(hessian, np.float64), damping)
   importance = np.diag(hessian).astype(np.float32)
-  codes, scale = _round(
-      jnp.asarray(weight, jnp.float32), jnp.asarray(importance), factor
-  )
-  return formats.Quantized(codes, scale)
+  return formats.Quantized(*_round(
+      jnp.asarray(weight, jnp.float32), jnp.asarray(importance), factor, format
+  ))
 
 
 def _inverse_factor(hessian, damping):
@@ -79,10 +87,10 @@ def _inverse_factor(hessian, damping):
   return jnp.asarray(upper / np.diag(upper)[:, None], jnp.float32)
 
 
-@jax.jit
-def _round(weight, importance, factor):
+@functools.partial(jax.jit, static_argnums=3)
+def _round(weight, importance, factor, format):
   rows, columns = weight.shape
-  width = _Q4_0.block
+  width = format.block
   blocks = columns // width
   position = jnp.arange(columns)
 
@@ -91,9 +99,9 @@ def _round(weight, importance, factor):
     start = b * width
     block = lax.dynamic_slice(rest, (0, start), (rows, width))
     weights = lax.dynamic_slice(importance, (start,), (width,))
-    scale = search.search_block(block, weights[None])
+    scale = search.search_block(block, weights[None], format)
     spread = lax.dynamic_slice(factor, (start, start), (width, width))
-    block_codes, error = _round_block(block, scale, spread)
+    block_codes, error = _round_block(block, scale, spread, format)
     # Everything right of the block pays for its errors at once.
     later = lax.dynamic_slice(factor, (start, 0), (width, columns))
     later = jnp.where(position[None] >= start + width, later, 0.0)
@@ -111,14 +119,18 @@ def _round(weight, importance, factor):
   return lax.fori_loop(0, blocks, one_block, start)[1:]
 
 
-def _round_block(block, scale, spread):
+def _round_block(block, scale, spread, format):
   """Rounds 32 columns in turn; returns codes and errors [R, 32]."""
   columns = jnp.arange(block.shape[1])
+  anchor = anchored.anchor(block, scale)
 
   def one_column(carry, j):
     # Columns lie in rows here, where they are contiguous.
     column = carry[j]
-    levels = search.nearest_levels(column[:, None], scale)[:, 0]
+    levels = anchored.nearest_levels(column[:, None], scale)[:, 0]
+    if format.anchored:
+      here = (anchor == j) & (scale != 0)
+      levels = jnp.where(here, anchored.LOWEST, levels)
     lost = column - scale * levels
     later = jnp.where(columns > j, spread[j], 0.0)
     return carry - later[:, None] * lost[None], (levels + 8, lost)

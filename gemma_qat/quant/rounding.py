@@ -34,6 +34,33 @@ def round_to_float16(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.isnan(x), x, jnp.copysign(y, x))
 
 
+@jax.custom_vjp
+def round_to_bfloat16(x: jax.Array) -> jax.Array:
+  """Rounds float32 to the nearest bfloat16 value, ties to even, kept float32.
+
+  The gradient passes straight through; not two casts, as above.
+
+  Args:
+    x: float32, any shape.
+
+  Returns:
+    float32 of the same shape, bit-equal to ml_dtypes' cast and back.
+  """
+  bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+  odd = (bits >> 16) & 1
+  y = lax.bitcast_convert_type((bits + 0x7FFF + odd) & ~0xFFFF, jnp.float32)
+  return jnp.where(jnp.isnan(x), x, jnp.copysign(y, x))
+
+
+def round_to_both(x: jax.Array) -> jax.Array:
+  """Rounds float32 to bfloat16, then to float16: a value that both can hold.
+
+  float16 has more bits than bfloat16 where it is normal; its subnormals only
+  take bits away. In this order nothing has to be rounded a third time.
+  """
+  return round_to_float16(round_to_bfloat16(x))
+
+
 def divide(x: jax.Array, divisor: float) -> jax.Array:
   """Divides x >= 0 by a constant with one rounding, as IEEE and C do.
 
@@ -43,12 +70,9 @@ def divide(x: jax.Array, divisor: float) -> jax.Array:
   return x / jnp.where(x > 0, divisor, 1.0)
 
 
-def _forward(x):
-  return round_to_float16(x), None
-
-
 def _backward(_, gradient):
   return (gradient,)
 
 
-round_to_float16.defvjp(_forward, _backward)
+round_to_float16.defvjp(lambda x: (round_to_float16(x), None), _backward)
+round_to_bfloat16.defvjp(lambda x: (round_to_bfloat16(x), None), _backward)

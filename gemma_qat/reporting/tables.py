@@ -3,7 +3,7 @@
 One way of writing each figure, for the terminal and for Markdown alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import io
 
 from rich import box
@@ -32,16 +32,36 @@ def render_table(
   Returns:
     Lines without colours; KL is in nats a token.
   """
+  return set_plain(('model', *COLUMNS), (
+      (
+          name, megabytes(size),
+          *figures(f.ppl, f.ppl_stderr, f.kld, f.kld_q99, f.top1),
+      )
+      for name, size, f in rows
+  ))
+
+
+def set_plain(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
+) -> str:
+  """Sets texts as a plain table for a terminal.
+
+  Args:
+    columns: the headings.
+    rows: as many texts each.
+    left: how many columns, from the first, are aligned to the left.
+
+  Returns:
+    Lines without colours.
+  """
   table = tables.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  table.add_column('model', no_wrap=True)
-  for column in COLUMNS:
-    table.add_column(column, justify='right', no_wrap=True)
-  for name, size, f in rows:
-    # A name may hold brackets; markup=False below keeps them as they are.
-    table.add_row(
-        name, megabytes(size),
-        *figures(f.ppl, f.ppl_stderr, f.kld, f.kld_q99, f.top1),
+  for i, column in enumerate(columns):
+    table.add_column(
+        column, justify='left' if i < left else 'right', no_wrap=True
     )
+  for row in rows:
+    # A name may hold brackets; markup=False below keeps them as they are.
+    table.add_row(*row)
   file = io.StringIO()
   console = consoles.Console(
       file=file, width=_WIDE, color_system=None, markup=False, emoji=False,
@@ -88,3 +108,15 @@ def megabytes(size: int | None) -> str:
 def percent(share: float | None) -> str:
   """Writes a fraction as a percentage."""
   return ABSENT if share is None else f'{100 * share:.1f} %'
+
+
+def gigabytes(num_bytes: float) -> str:
+  """Writes bytes in GB, three decimals below 1."""
+  if not num_bytes:
+    return ABSENT
+  return f'{num_bytes / 1e9:.{3 if num_bytes < 1e9 else 2}f}'
+
+
+def tokens(count: int) -> str:
+  """Writes a number of tokens in units of 1,024."""
+  return f'{count // 1024}k' if count >= 1024 else str(count)

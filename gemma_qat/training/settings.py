@@ -31,12 +31,21 @@ class QuantSettings:
       a row).
     calibration_tokens: how many training tokens the teacher reads for the
       activation statistics of 'search' and 'gptq'.
+    bf16_safe_scales: whether Q4_0 scales keep to values that bfloat16 holds
+      too, at the start and in training. Files with bfloat16 scales (MLX,
+      compressed-tensors) are exact then. So are bfloat16 values that ggml's
+      reference rule quantizes anew, as long as every block uses code 0
+      (`quant.anchored`): all starts see to that, and it stays so in the modes
+      'codes', 'derived' and 'fixed'. 'learned' may lose a block's code 0;
+      then only codes and scales written as they are keep it. Other formats,
+      such as a Q8_0 embedding, are not restricted.
   """
 
   rules: Rules
   modes: Rules
   start: str
   calibration_tokens: int
+  bf16_safe_scales: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,10 +129,16 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
       modes=_rules(config.quant.modes),
       start=config.quant.start,
       calibration_tokens=config.quant.calibration_tokens,
+      bf16_safe_scales=config.quant.bf16_safe_scales,
   )
   for _, name in s.rules:
     if name is not None:
       formats.get(name)
+  if s.bf16_safe_scales and 'q4_0' not in dict(s.rules).values():
+    raise errors.UserError(
+        'config.quant.bf16_safe_scales restricts the scales of q4_0, which no '
+        'rule of config.quant.rules gives: turn it off, or add such a rule.'
+    )
   _choice('config.quant.start', s.start, ('reference', 'search', 'gptq'))
   for _, mode in s.modes:
     _choice('config.quant.modes', mode, lattice.MODES)

@@ -51,7 +51,10 @@ def make_plan(config: model_config.ModelConfig, s: settings.QuantSettings):
       raise errors.UserError(
           f'config.quant.modes says nothing of {path}: add a rule for it.'
       )
-    plan[path] = (formats.get(name), modes[path], specs[path].contraction)
+    fmt = formats.get(name)
+    if s.bf16_safe_scales:
+      fmt = formats.bf16_safe(fmt)
+    plan[path] = (fmt, modes[path], specs[path].contraction)
   return plan
 
 
@@ -87,8 +90,8 @@ def init_student(
       continue
     fmt, mode, contraction = plan[path]
     gram = None if grams is None else grams.get(path)
-    if start != 'reference' and fmt.name == 'q4_0' and gram is not None:
-      codes, scale = _coordinated(leaf, specs[path], gram, start)
+    if start != 'reference' and fmt.stored_as == 'q4_0' and gram is not None:
+      codes, scale = _coordinated(leaf, specs[path], gram, start, fmt)
       tree[path] = _node(leaf, fmt, mode, contraction, codes, scale)
     else:
       tree[path] = lattice.init_node(leaf, fmt, mode, contraction)
@@ -214,7 +217,7 @@ def _node(weight, fmt, mode, contraction, codes, scale):
   return lattice.init_node(master, fmt, mode, contraction, scale=scale)
 
 
-def _coordinated(weight, spec, gram, start):
+def _coordinated(weight, spec, gram, start, fmt):
   """Codes and scales from activation statistics, one layer at a time."""
   stacked = spec.axes[0] == 'layers'
   rows = np.asarray(weight, np.float32).reshape(
@@ -223,9 +226,9 @@ def _coordinated(weight, spec, gram, start):
   codes, scale = [], []
   for w, g in zip(rows, gram if stacked else [gram], strict=True):
     if start == 'search':
-      found = search.search_q4_0(w, np.diagonal(g))
+      found = search.search_q4_0(w, np.diagonal(g), fmt)
     else:
-      found = gptq.gptq_q4_0(w, g)
+      found = gptq.gptq_q4_0(w, g, format=fmt)
     codes.append(np.asarray(found.codes))
     scale.append(np.asarray(found.scale))
   blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)

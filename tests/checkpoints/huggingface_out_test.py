@@ -143,8 +143,19 @@ def test_the_vision_tower_goes_along_byte_for_byte(
   assert config['vision_config']['intermediate_size'] == 72
   assert config['mm_tokens_per_image'] == 4
   processor = json.loads((tmp_path / 'x/preprocessor_config.json').read_text())
-  assert processor['size'] == {'height': 56, 'width': 56}
+  assert processor['size'] == {'height': 112, 'width': 112}
   assert processor['image_seq_length'] == 4
+
+
+def test_a_folder_with_vision_is_read_and_written_again(seeing, tmp_path):
+  huggingface_out.save(tmp_path / 'x', seeing, 'float32')
+  loaded = huggingface.load(tmp_path / 'x')
+  assert loaded.config == seeing.config
+  assert loaded.vision.config == seeing.vision.config
+  assert loaded.tokenizer.digest == seeing.tokenizer.digest
+  huggingface_out.save(tmp_path / 'y', loaded, 'float32')
+  for first in (tmp_path / 'x').iterdir():
+    assert (tmp_path / 'y' / first.name).read_bytes() == first.read_bytes()
 
 
 def test_gemmas_vocabulary_is_padded_for_the_image_token(seeing, tmp_path):
@@ -291,6 +302,21 @@ def test_nan_and_overflow_are_refused_by_name(tiny, tmp_path):
     )
     with pytest.raises(errors.UserError, match='layer_3/mlp_down'):
       huggingface_out.save(tmp_path / 'x', wrong, dtype)
+  assert not list(tmp_path.iterdir())
+
+
+def test_too_small_a_disk_is_found_out_before_anything_is_written(
+    tiny, tmp_path
+):
+  rows = 2**40
+  entries = tiny.weights.entries
+  entries['embedding'] = entries['embedding']._replace(shape=(rows, 64))
+  huge = dataclasses.replace(
+      tiny, config=dataclasses.replace(tiny.config, vocab_size=rows),
+      weights=checkpoints.Weights(entries),
+  )
+  with pytest.raises(errors.UserError, match='GB are free'):
+    huggingface_out.save(tmp_path / 'x', huge)
   assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,6 +14,7 @@ from gemma_qat.checkpoints import huggingface
 from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import names
+from gemma_qat.checkpoints import random_weights
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
 
@@ -35,29 +37,59 @@ def test_float32_comes_back_bit_for_bit(folder, tiny):
 @pytest.mark.parametrize(
     'prefix', ['language_model.model.', 'model.language_model.']
 )
-def test_vision_checkpoints_give_their_text_model(tiny, tmp_path, prefix):
-  """Padded vocabulary, two shards, a vision tower and a repeated head."""
+def test_vision_checkpoints_give_text_model_and_tower(tiny, tmp_path, prefix):
+  """Two shards, a vision tower and a repeated head."""
+  tensors, settings = _with_vision(tiny, prefix)
+  _save_shards(tmp_path, tensors)
+  (tmp_path / 'config.json').write_text(json.dumps(settings))
+  loaded = huggingface.load(tmp_path)
+  assert loaded.metadata['ignored_tensors'] == ['lm_head.weight']
+  for name, expected in tiny.weights.items():
+    np.testing.assert_array_equal(loaded.weights[name], expected)
+  vision = random_weights.load('random:tiny+vision').vision
+  assert loaded.vision.config == vision.config
+  for name, expected in vision.weights.items():
+    read = loaded.vision.weights[name]
+    assert read.dtype == expected.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_a_missing_part_of_the_tower_is_named(tiny, tmp_path):
+  tensors, settings = _with_vision(tiny, 'language_model.model.')
+  name = names.vision(
+      random_weights.load('random:tiny+vision').vision.config
+  )['layer_1/mlp_up/bias'].huggingface
+  del tensors[name]
+  _save_shards(tmp_path, tensors)
+  (tmp_path / 'config.json').write_text(json.dumps(settings))
+  with pytest.raises(errors.UserError, match=name):
+    huggingface.load(tmp_path)
+
+
+def _with_vision(tiny, prefix):
+  """Tensors and config.json of tiny with the small tower."""
   specs = model_weights.by_layer_specs(tiny.config)
   tensors = {
       file_name: tiny.weights[name].reshape(names.file_shape(specs[name]))
       for name, file_name in names.huggingface(tiny.config, prefix).items()
   }
   tensors['lm_head.weight'] = tensors[f'{prefix}embed_tokens.weight']
-  vision = 'vision_tower.vision_model.post_layernorm.weight'
-  if prefix.startswith('model'):
-    vision = f'model.{vision}'
-  tensors[vision] = np.zeros(3, np.float32)
-  _save_shards(tmp_path, tensors)
-  text = huggingface_config.write(tiny.config, 'float32', {})
-  (tmp_path / 'config.json').write_text(
-      json.dumps({'model_type': 'gemma3', 'text_config': text})
-  )
-  loaded = huggingface.load(tmp_path)
-  assert loaded.metadata['ignored_tensors'] == sorted(
-      ['lm_head.weight', vision]
-  )
-  for name, expected in tiny.weights.items():
-    np.testing.assert_array_equal(loaded.weights[name], expected)
+  vision = random_weights.load('random:tiny+vision').vision
+  before = 'model.' if prefix.startswith('model') else ''
+  for name, file_names in names.vision(vision.config).items():
+    tensors[before + file_names.huggingface] = vision.weights[name]
+  c = vision.config
+  return tensors, {
+      'model_type': 'gemma3',
+      'text_config': huggingface_config.write(tiny.config, 'float32', {}),
+      'mm_tokens_per_image': c.tokens_per_image,
+      'vision_config': {
+          'image_size': c.image_size, 'patch_size': c.patch_size,
+          'hidden_size': c.width, 'intermediate_size': c.mlp_dim,
+          'num_hidden_layers': c.num_layers,
+          'num_attention_heads': c.num_heads,
+      },
+  }
 
 
 def test_padded_vocabulary_is_trimmed(tiny, tmp_path):

@@ -5,14 +5,16 @@ import pytest
 
 from gemma_qat import errors
 from gemma_qat.quant import formats
-from gemma_qat.quant import per_channel
+from gemma_qat.quant import sfp8
+
+_NAMES = (*formats.FORMATS, 'q4_0_bf16')
 
 
 def _weight(shape, seed=0):
   return jax.random.normal(jax.random.key(seed), shape) * 0.05
 
 
-@pytest.mark.parametrize('name', formats.FORMATS)
+@pytest.mark.parametrize('name', _NAMES)
 def test_fake_quantize_is_the_stored_value_bit_by_bit_jitted_or_not(name):
   format_ = formats.get(name)
   weight = _weight((8, 4, 64))
@@ -23,14 +25,14 @@ def test_fake_quantize_is_the_stored_value_bit_by_bit_jitted_or_not(name):
   assert np.any(stored != weight)
 
 
-@pytest.mark.parametrize('name', formats.FORMATS)
+@pytest.mark.parametrize('name', _NAMES)
 def test_quantizing_twice_changes_nothing(name):
   format_ = formats.get(name)
   stored = format_.fake_quantize(_weight((16, 64)))
   np.testing.assert_array_equal(format_.fake_quantize(stored), stored)
 
 
-@pytest.mark.parametrize('name', formats.FORMATS)
+@pytest.mark.parametrize('name', _NAMES)
 def test_the_gradient_passes_straight_through(name):
   format_ = formats.get(name)
   weight, g = _weight((4, 64)), _weight((4, 64), 1)
@@ -38,7 +40,7 @@ def test_the_gradient_passes_straight_through(name):
   np.testing.assert_array_equal(jax.grad(loss)(weight), g)
 
 
-@pytest.mark.parametrize('name', formats.FORMATS)
+@pytest.mark.parametrize('name', _NAMES)
 def test_stacking_layers_does_not_change_them(name):
   format_ = formats.get(name)
   layers = [_weight((4, 2, 32), i) for i in range(3)]
@@ -74,8 +76,8 @@ def test_int4_is_symmetric():
 
 
 def test_a_channel_of_zeros_stays_zero():
-  for format_ in formats.FORMATS.values():
-    values = format_.fake_quantize(jnp.zeros((2, 32)))
+  for name in _NAMES:
+    values = formats.get(name).fake_quantize(jnp.zeros((2, 32)))
     np.testing.assert_array_equal(values, jnp.zeros((2, 32)))
 
 
@@ -92,7 +94,7 @@ def test_every_sfp8_byte_decodes_and_encodes_to_itself():
   byte = np.array([b for b in range(256) if b != 0x80], np.uint8)
   expected = np.array([_decode_sfp8(int(b)) for b in byte], np.float32)
   codes = byte.view(np.int8)
-  np.testing.assert_array_equal(per_channel.sfp8_values(codes), expected)
+  np.testing.assert_array_equal(sfp8.decode(codes), expected)
   # 1.875 is among them, so the channel's scale is 1.
   encoded, scale = formats.get('sfp8').quantize(jnp.asarray(expected[None]))
   np.testing.assert_array_equal(encoded[0], codes)
@@ -146,3 +148,22 @@ def test_bits_per_weight_are_those_of_the_packed_bytes():
     format_ = formats.get(name)
     packed = format_.pack(format_.quantize(_weight((4, 320))))
     assert packed.shape == (4, 320 * format_.bits_per_weight / 8)
+
+
+def test_a_bf16_safe_format_is_a_subset_that_files_call_by_its_base():
+  q4_0 = formats.get('q4_0')
+  safe = formats.bf16_safe(q4_0)
+  assert safe is formats.get('q4_0_bf16') is formats.bf16_safe(safe)
+  assert safe.stored_as == q4_0.stored_as == 'q4_0'
+  stored = safe.quantize(_weight((8, 64)))
+  np.testing.assert_array_equal(q4_0.pack(stored), safe.pack(stored))
+  np.testing.assert_array_equal(
+      q4_0.dequantize(stored), safe.dequantize(stored)
+  )
+  for name in ('q8_0', 'int4', 'sfp8'):
+    assert formats.bf16_safe(formats.get(name)) is formats.get(name)
+
+
+def test_a_type_of_gguf_means_one_format():
+  types = [f.ggml_type for f in formats.FORMATS.values() if f.ggml_type]
+  assert len(types) == len(set(types))

@@ -9,7 +9,7 @@ from gemma_qat.quant import lattice
 
 _CASES = [
     (f.name, mode)
-    for f in formats.FORMATS.values()
+    for f in (*formats.FORMATS.values(), formats.get('q4_0_bf16'))
     for mode in lattice.MODES
     if not (mode == 'learned' and f.decode is not None)
 ]

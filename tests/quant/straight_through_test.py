@@ -7,6 +7,7 @@ from gemma_qat import errors
 from gemma_qat.quant import formats
 
 _UNIFORM = [f.name for f in formats.FORMATS.values() if f.decode is None]
+_UNIFORM.append('q4_0_bf16')
 
 
 def _case(name, seed=0):

@@ -10,6 +10,8 @@ import time
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,8 +19,10 @@ from experiments.configs import base
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
+from gemma_qat.checkpoints import export
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import orbax_files
+from gemma_qat.quant import formats
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 
@@ -139,6 +143,46 @@ def test_the_tiny_config_writes_what_a_run_writes(
     values = checkpoints.to_float32(student.weights[name])
     error = np.linalg.norm(values - teacher.weights[name])
     assert error < 0.15 * np.linalg.norm(teacher.weights[name])
+
+
+def test_bf16_safe_scales_stay_so_in_training_and_in_every_file(
+    make_config, tmp_path
+):
+  config = make_config(
+      steps=4, checkpoint_every=4, log_every=4, evaluate_every=4
+  ).unlock()
+  config.quant.bf16_safe_scales = True
+  config.quant.modes = ((r'mlp_up$', 'learned'), (r'.', 'codes'))
+  config.train.rules = (*config.train.rules, (r'/master$', 'weights'))
+  loop.train(config.lock(), tmp_path / 'run')
+  trained = detect.load(tmp_path / 'run')
+  export.export(trained, tmp_path / 'file.gguf')
+  step = orbax_files.find_step(tmp_path / 'run')
+  raw = orbax_files.load_tree(step, 'student')
+  raw = np.asarray(raw['tail']['layer_0']['attn_q']['scale'])
+  assert np.any(raw != _bfloat16(raw))
+  reloaded = detect.load(tmp_path / 'file.gguf')
+  matrices = [n for n, e in trained.weights.entries.items()
+              if e.format == 'q4_0']
+  assert len(matrices) == 7
+  for name in matrices:
+    weight, again = trained.weights[name], reloaded.weights[name]
+    assert weight.format == again.format == 'q4_0'
+    jax.tree.map(
+        np.testing.assert_array_equal, again.quantized, weight.quantized
+    )
+    scale = weight.quantized.scale
+    np.testing.assert_array_equal(_bfloat16(scale), scale)
+    np.testing.assert_array_equal(scale.astype(np.float16), scale)
+    if not name.endswith('mlp_up'):
+      # All that a reader of bfloat16 values needs: codes did not move.
+      values = _bfloat16(checkpoints.to_float32(weight))
+      anew = formats.get('q4_0').quantize(jnp.asarray(values))
+      jax.tree.map(np.testing.assert_array_equal, anew, weight.quantized)
+
+
+def _bfloat16(x):
+  return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(

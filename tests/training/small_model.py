@@ -40,16 +40,20 @@ def make_params() -> dict:
   return weights.stack(CONFIG, flat)
 
 
-def make_plan(rules=RULES, modes=((r'.', 'codes'),)) -> dict:
+def make_plan(
+    rules=RULES, modes=((r'.', 'codes'),), bf16_safe_scales=False
+) -> dict:
   """Plans formats and modes of the small model."""
   return student_lib.make_plan(CONFIG, settings.QuantSettings(
-      rules=rules, modes=modes, start='reference', calibration_tokens=160
+      rules=rules, modes=modes, start='reference', calibration_tokens=160,
+      bf16_safe_scales=bf16_safe_scales,
   ))
 
 
-def make_plan_of(mode: str) -> dict:
+def make_plan_of(mode: str, bf16_safe_scales=False) -> dict:
   """Plans one mode for the layers; the embedding's codes stand still."""
-  return make_plan(modes=((r'^embedding$', 'codes'), (r'.', mode)))
+  modes = (r'^embedding$', 'codes'), (r'.', mode)
+  return make_plan(modes=modes, bf16_safe_scales=bf16_safe_scales)
 
 
 def make_model(plan=None) -> transformer.Transformer:

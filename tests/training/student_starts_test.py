@@ -1,6 +1,7 @@
 """Whatever finds the codes of step 0, they are codes that a file can hold."""
 
 from flax import traverse_util
+import ml_dtypes
 import numpy as np
 import pytest
 import small_model
@@ -37,6 +38,26 @@ def test_a_learned_start_rounds_to_the_codes_that_were_found(params, grams):
     rounded = small_model.stored(learned, path, plan[path])
     np.testing.assert_array_equal(rounded.codes, expected.codes)
     np.testing.assert_array_equal(rounded.scale, expected.scale)
+
+
+@pytest.mark.parametrize('start, mode', [
+    ('reference', 'codes'), ('reference', 'learned'), ('reference', 'derived'),
+    ('reference', 'fixed'), ('search', 'codes'), ('gptq', 'codes'),
+    ('gptq', 'learned'), ('gptq', 'fixed'),
+])
+def test_bf16_safe_starts_have_such_scales_and_use_code_0(
+    params, grams, start, mode
+):
+  plan = small_model.make_plan_of(mode, bf16_safe_scales=True)
+  started = small_model.init_student(params, plan, start, grams)
+  assert plan['embedding'][0].name == 'q8_0'
+  for path in grams:
+    codes, scale = small_model.stored(started, path, plan[path])
+    scale = np.asarray(scale)
+    np.testing.assert_array_equal(scale.astype(ml_dtypes.bfloat16), scale)
+    np.testing.assert_array_equal(scale.astype(np.float16), scale)
+    codes = np.asarray(codes).reshape(*scale.shape, 32)
+    assert np.all(codes.min(-1) == 0) and codes.max() == 15
 
 
 def test_a_start_with_scales_is_refused_for_derived_ones(params, grams):
