@@ -44,7 +44,8 @@ def tensor_shapes(
   model_weights.check(specs, checkpoint.weights.entries)
   shapes = {name: names.file_shape(spec) for name, spec in specs.items()}
   rows, width = shapes['embedding']
-  shapes['embedding'] = (rows + huggingface_json.padding_rows(checkpoint), width)
+  rows += huggingface_json.padding_rows(checkpoint)
+  shapes['embedding'] = (rows, width)
   return shapes
 
 

@@ -106,6 +106,6 @@ def _float_dtype(entry):
 
 
 def _written_for(checkpoint):
-  # mlx-vlm turns the patches' convolution into MLX's order of axes only where
-  # a file does not say that MLX wrote it.
+  # The tower's convolution keeps PyTorch's order of axes, as published;
+  # mlx-vlm turns it when it loads.
   return 'mlx' if checkpoint.vision is None else 'pt'
