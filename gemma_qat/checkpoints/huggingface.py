@@ -1,28 +1,21 @@
-"""How does a model come out of, and go into, a Hugging Face folder?"""
+"""How does a model come out of a Hugging Face folder?"""
 
-from collections.abc import Mapping
 import functools
-import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
 from gemma_qat import errors
-from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import huggingface_tokenizer
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import padding
-from gemma_qat.data import tokenizer as tokenizers
-from gemma_qat.model import config as model_config
 from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
-from gemma_qat.quant import rules
 
 _WHOLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # As safetensors calls them -> bytes a weight.
@@ -33,9 +26,6 @@ _EXTRAS = (
     'processor_config.json',
 )
 _LARGEST_EXTRA = 2**20
-_WRITABLE = {
-    'float32': ('F32', np.float32), 'bfloat16': ('BF16', ml_dtypes.bfloat16)
-}
 
 
 def is_folder(path: str | os.PathLike) -> bool:
@@ -91,47 +81,6 @@ def load(folder: str | os.PathLike) -> checkpoints.Checkpoint:
       vision=_vision(folder, settings, config, tower) if tower else None,
       extras=_extras(folder),
   )
-
-
-def save(
-    folder: str | os.PathLike,
-    config: model_config.ModelConfig,
-    weights: Mapping[str, Any],
-    tokenizer: tokenizers.Tokenizer | None,
-    dtype: str = 'bfloat16',
-) -> None:
-  """Writes a folder that transformers loads, whole or not at all.
-
-  Tensor by tensor, so that lazy weights never lie in memory together.
-
-  Args:
-    folder: must not exist, or be empty.
-    config: the sizes.
-    weights: by-layer name -> array or `Stored`, which is dequantized.
-    tokenizer: written as tokenizer.model and tokenizer_config.json.
-    dtype: 'float32' or 'bfloat16'.
-
-  Raises:
-    UserError: wrong weights or dtype, NaN in one, or the disk refuses.
-  """
-  if dtype not in _WRITABLE:
-    raise errors.UserError(
-        f'Unknown dtype {dtype!r}: choose one of {", ".join(_WRITABLE)}.'
-    )
-  specs = model_weights.by_layer_specs(config)
-  with atomic.whole_folder(folder) as temporary:
-    _write_safetensors(temporary / _WHOLE, config, specs, weights, dtype)
-    ids = {}
-    if tokenizer is not None:
-      huggingface_tokenizer.save(tokenizer, temporary)
-      ids = {
-          f'{n}_token_id': getattr(tokenizer, f'{n}_id')
-          for n in ('bos', 'eos', 'pad')
-      }
-    huggingface_tokenizer.write_json(
-        temporary / 'config.json',
-        huggingface_config.write(config, dtype, ids),
-    )
 
 
 class _Tensor(NamedTuple):
@@ -260,26 +209,3 @@ def _extras(folder):
     if path.is_file() and path.stat().st_size <= _LARGEST_EXTRA:
       extras[name] = path.read_bytes()
   return extras
-
-
-def _write_safetensors(path, config, specs, weights, dtype):
-  """Writes the one file: length, JSON header, tensors in its order."""
-  kind, numpy_dtype = _WRITABLE[dtype]
-  header, offset = {'__metadata__': {'format': 'pt'}}, 0
-  file_names = names.huggingface(config)
-  for name, spec in specs.items():
-    shape = names.file_shape(spec)
-    end = offset + int(np.prod(shape)) * _READABLE[kind]
-    header[file_names[name]] = {
-        'dtype': kind, 'shape': list(shape), 'data_offsets': [offset, end],
-    }
-    offset = end
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)
-  with open(path, 'wb') as f:
-    f.write(len(text).to_bytes(8, 'little') + text)
-    for name, spec in specs.items():
-      values = checkpoints.to_float32(weights[name])
-      names.check_shapes('export', {name: spec.shape}, {name: values.shape})
-      rules.check_finite(name, values)
-      f.write(values.astype(numpy_dtype).tobytes())

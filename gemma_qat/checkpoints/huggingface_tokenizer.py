@@ -1,4 +1,4 @@
-"""How does a tokenizer come out of, and go into, a Hugging Face folder?"""
+"""How does a tokenizer come out of a Hugging Face folder?"""
 
 import dataclasses
 import json
@@ -44,46 +44,6 @@ def load(folder: pathlib.Path) -> tokenizers.Tokenizer | None:
   return dataclasses.replace(
       tokenizer, eos_id=_end_id(folder, settings, tokenizer)
   )
-
-
-def save(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
-  """Writes tokenizer.model, tokenizer_config.json and the chat template.
-
-  The config lists every special token: without `added_tokens_decoder`
-  llama.cpp's converter gives 6,411 tokens of Gemma the wrong type.
-  """
-  (folder / 'tokenizer.model').write_bytes(tokenizer.to_proto())
-  special = (vocabulary.CONTROL, vocabulary.UNKNOWN)
-  added = {
-      str(i): {
-          'content': piece.replace(' ', _SPACE),
-          'special': int(kind) in special,
-          'lstrip': False,
-          'rstrip': False,
-          'normalized': False,
-          'single_word': False,
-      }
-      for i, (piece, kind) in enumerate(zip(tokenizer.pieces, tokenizer.types))
-      if int(kind) in (*special, vocabulary.USER_DEFINED)
-  }
-  settings = {
-      'tokenizer_class': 'GemmaTokenizer',
-      'add_bos_token': True,
-      'add_eos_token': False,
-      'clean_up_tokenization_spaces': False,
-      'sp_model_kwargs': None,
-      'added_tokens_decoder': added,
-  }
-  for name in ('bos', 'eos', 'pad', 'unk'):
-    settings[f'{name}_token'] = tokenizer.pieces[
-        getattr(tokenizer, f'{name}_id')
-    ]
-  if tokenizer.chat_template is not None:
-    settings['chat_template'] = tokenizer.chat_template
-    (folder / 'chat_template.jinja').write_text(
-        tokenizer.chat_template, encoding='utf-8'
-    )
-  write_json(folder / 'tokenizer_config.json', settings)
 
 
 def read_json(path: pathlib.Path, default: Any = None) -> Any:

@@ -13,8 +13,15 @@ from gemma_qat.checkpoints import names
 from gemma_qat.data import tokenizer as tokenizers
 
 PADDED_VOCABULARY = 262_208
-# The marker that stands for an image in chat text; it has no embedding.
-IMAGE_PIECE = '<image_soft_token>'
+# What stands around an image in text, and the marker that stands for it, which
+# has no embedding. A vocabulary that is not Gemma's may lack all three: folders
+# then declare them behind its last token.
+IMAGE_PIECES = {
+    'boi_token': '<start_of_image>',
+    'eoi_token': '<end_of_image>',
+    'image_token': '<image_soft_token>',
+}
+IMAGE_PIECE = IMAGE_PIECES['image_token']
 
 _PAD_PIECE = re.compile(r'\[PAD\d+\]')
 # Embeddings are padded to multiples of 64, 128, 256 ...
@@ -38,6 +45,8 @@ def count_tokens(
     is_padded = names.VOCABULARY < rows <= PADDED_VOCABULARY
     return names.VOCABULARY if is_padded else rows
   tokens = _without_padding(tokenizer.pieces)
+  if set(tokenizer.pieces[rows:tokens]) <= set(IMAGE_PIECES.values()):
+    tokens = min(tokens, rows)
   if tokens > rows or rows - tokens > _MOST_PADDING:
     raise errors.UserError(
         f'{source} has {tokens:,} tokens, but {rows:,} rows in its embedding: '

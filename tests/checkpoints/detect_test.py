@@ -12,7 +12,7 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import description
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import gguf_files
-from gemma_qat.checkpoints import huggingface
+from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.model import weights as model_weights
 
@@ -21,9 +21,7 @@ def test_every_layout_gives_the_same_model(tiny, tmp_path):
   gguf_files.save(
       tmp_path / 'a.bin', tiny.config, tiny.weights, tiny.tokenizer
   )
-  huggingface.save(
-      tmp_path / 'hf', tiny.config, tiny.weights, tiny.tokenizer, 'float32'
-  )
+  huggingface_out.save(tmp_path / 'hf', tiny, 'float32')
   with orbax_files.context():
     ocp.save_checkpointables(tmp_path / 'run' / 'checkpoints' / '4', {
         'student': model_weights.stack(tiny.config, dict(tiny.weights)),

@@ -7,6 +7,7 @@ import pytest
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import huggingface_tokenizer
+from gemma_qat.checkpoints import tokenizer_out
 from gemma_qat.data import vocabulary
 
 TEXT = 'The  value of\n\n    the object: \u00e9\u4e16 <end_of_turn>\t1234'
@@ -16,7 +17,7 @@ def test_tokenizer_model_comes_back(tiny, tmp_path):
   chat = dataclasses.replace(
       tiny.tokenizer, chat_template='{{ bos_token }}', eos_id=5
   )
-  huggingface_tokenizer.save(chat, tmp_path)
+  tokenizer_out.save(chat, tmp_path)
   loaded = huggingface_tokenizer.load(tmp_path)
   assert loaded.digest == chat.digest
   assert loaded.eos_id == 5
@@ -24,7 +25,7 @@ def test_tokenizer_model_comes_back(tiny, tmp_path):
 
 
 def test_every_special_token_is_declared(tiny, tmp_path):
-  huggingface_tokenizer.save(tiny.tokenizer, tmp_path)
+  tokenizer_out.save(tiny.tokenizer, tmp_path)
   settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
   added = settings['added_tokens_decoder']
   special = {int(i) for i, t in added.items() if t['special']}
@@ -43,7 +44,7 @@ def test_tokenizer_json_alone_encodes_the_same(tiny, tmp_path):
 
 
 def test_instruction_tuned_models_end_with_their_turn(tiny, tmp_path):
-  huggingface_tokenizer.save(tiny.tokenizer, tmp_path)
+  tokenizer_out.save(tiny.tokenizer, tmp_path)
   (tmp_path / 'config.json').write_text('{"eos_token_id": [1, 5]}')
   assert tiny.tokenizer.end_of_turn_id == 5
   assert huggingface_tokenizer.load(tmp_path).eos_id == 5

@@ -20,7 +20,7 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
-from gemma_qat.checkpoints import huggingface
+from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.quant import formats
 from gemma_qat.training import loop
@@ -48,10 +48,9 @@ def one_layer(tmp_path_factory):
   config = dataclasses.replace(tiny.config, variant='custom', num_layers=1)
   names = [n for n in tiny.weights if '/' not in n or n.startswith('layer_0/')]
   folder = tmp_path_factory.mktemp('checkpoint') / 'one_layer'
-  huggingface.save(
-      folder, config, {n: tiny.weights[n] for n in names}, tiny.tokenizer,
-      'float32',
-  )
+  weights = checkpoints.from_arrays({n: tiny.weights[n] for n in names})
+  one = dataclasses.replace(tiny, config=config, weights=weights)
+  huggingface_out.save(folder, one, 'float32')
   return folder
 
 
