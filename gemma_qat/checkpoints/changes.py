@@ -45,6 +45,14 @@ class Change:
     self.largest = max(self.largest, float(np.max(np.abs(difference))))
     self.lost += float(np.sum(np.square(difference, dtype=np.float64)))
 
+  def join(self, other: 'Change') -> None:
+    """Adds what another one counted."""
+    self.count += other.count
+    self.changed += other.changed
+    self.largest = max(self.largest, other.largest)
+    self.lost += other.lost
+    self.kept += other.kept
+
   def __str__(self):
     if not self.changed:
       return 'exact'

@@ -17,6 +17,8 @@ from gemma_qat.checkpoints import gemma_cpp_files
 from gemma_qat.checkpoints import gemma_files
 from gemma_qat.checkpoints import gguf_files
 from gemma_qat.checkpoints import gguf_vision
+from gemma_qat.checkpoints import huggingface_out
+from gemma_qat.checkpoints import mlx_files
 from gemma_qat.checkpoints import ollama
 from gemma_qat.checkpoints import prepare
 from gemma_qat.quant import formats
@@ -192,6 +194,31 @@ def _gemma_cpp(checkpoint, path, target, on_piece):
   return Written((path,), num_bytes)
 
 
+def _huggingface(checkpoint, path, target, on_piece):
+  """A folder for transformers, in plain numbers or as W4A16 for vLLM."""
+  if target.format == 'w4a16':
+    num_bytes = huggingface_out.save_w4a16(
+        path, checkpoint, target.scales,
+        _DTYPES[target.embedding or 'bf16'], on_piece,
+    )
+    if 'F16' in num_bytes and target.embedding in (None, 'bf16'):
+      return Written((path,), num_bytes, (
+          'scales     float16: exact, but what computes in bfloat16 rounds '
+          'them; training with config.quant.bf16_safe_scales avoids that',
+      ))
+    return Written((path,), num_bytes)
+  dtype = _DTYPES[target.format or 'bf16']
+  return Written(
+      (path,), huggingface_out.save(path, checkpoint, dtype, on_piece)
+  )
+
+
+def _mlx(checkpoint, path, target, on_piece):
+  return Written(
+      (path,), mlx_files.save(path, checkpoint, target.scales, on_piece)
+  )
+
+
 def _orbax(checkpoint, path, target, on_piece):
   dtype = 'float32' if target.format == 'f32' else 'bfloat16'
   gemma_files.save(path, checkpoint, dtype, on_piece)
@@ -224,6 +251,8 @@ def _lm_studio(folder, name, target):
   return model / f'{name}{"-" + target.format if target.format else ""}.gguf'
 
 
+_DTYPES = {'bf16': 'bfloat16', 'f16': 'float16', 'f32': 'float32'}
+_AS_THEY_ARE = dict.fromkeys(_DTYPES)
 _FLOAT_CHOICES = {'f16': 'float', 'bf16': 'float', 'f32': 'float'}
 
 LAYOUTS: dict[str, Layout] = {
@@ -231,6 +260,13 @@ LAYOUTS: dict[str, Layout] = {
         {'q4_0': 'q4_0', 'q8_0': 'q8_0', **_FLOAT_CHOICES},
         {'q4_0': 'q4_0', 'q8_0': 'q8_0', 'q6_k': 'float', **_FLOAT_CHOICES},
         'q8_0', _gguf,
+    ),
+    'huggingface': Layout(
+        {**_AS_THEY_ARE, 'w4a16': 'q4_0'}, _AS_THEY_ARE, None, _huggingface
+    ),
+    'mlx': Layout(
+        {'q4_0': 'q4_0', 'q8_0': 'q8_0'}, {'q4_0': 'q4_0', 'q8_0': 'q8_0'},
+        'q8_0', _mlx,
     ),
     'orbax': Layout({'bf16': None, 'f32': None}, {}, None, _orbax),
     'gemma_cpp': Layout({}, {}, None, _gemma_cpp),

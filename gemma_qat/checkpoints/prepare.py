@@ -31,23 +31,45 @@ _FLOATS = {
 _PROBED = 6
 
 
-@dataclasses.dataclass
 class Rounding:
   """Counts what happens to weights that become codes, as they are read.
 
-  Attributes:
-    found, blocks: blocks that were found on a lattice, and those looked at.
-    change: what the reference rule did to all weights that it rounded.
+  A writer may read a piece twice (to learn its largest value, say): it counts
+  once.
   """
 
-  found: int = 0
-  blocks: int = 0
-  change: changes.Change = dataclasses.field(default_factory=changes.Change)
+  def __init__(self):
+    self._pieces = {}
+
+  @property
+  def blocks(self) -> int:
+    """Blocks of plain numbers in which a lattice was looked for."""
+    return sum(blocks for _, blocks, _ in self._pieces.values())
+
+  @property
+  def found(self) -> int:
+    """Those of them that lay on one."""
+    return sum(found for found, _, _ in self._pieces.values())
 
   @property
   def share(self) -> float | None:
     """Recovered of all blocks looked at; None if there were none."""
     return self.found / self.blocks if self.blocks else None
+
+  @property
+  def change(self) -> changes.Change:
+    """What the reference rule did to all weights that it rounded."""
+    total = changes.Change()
+    for _, _, change in self._pieces.values():
+      total.join(change)
+    return total
+
+  def add(
+      self, name: str, rows: slice, found: int, blocks: int,
+      change: changes.Change,
+  ) -> None:
+    """Counts a piece."""
+    self._pieces[name, rows.start, rows.stop] = found, blocks, change
 
 
 def matrices(checkpoint: checkpoints.Checkpoint) -> list[str]:
@@ -150,22 +172,22 @@ def _as_codes(name, read, number_format, contraction, stored_as, rounding,
   weight = checkpoints.to_float32(read(rows))
   rules.check_finite(name, weight)
   found = np.zeros(0, bool)
-  if stored_as:
-    rounding.blocks += weight.size // number_format.block
   if stored_as and recover.share_on_lattice(weight, stored_as):
     codes, scale, found = recover.recover_q4_0(weight, stored_as)
-    rounding.found += int(found.sum())
     quantized = formats.Quantized(codes, scale)
   else:
     quantized = _quantize(number_format, contraction, weight)
   stored = checkpoints.Stored(number_format.name, quantized)
+  change = changes.Change()
+  blocks = weight.size // number_format.block if stored_as else 0
   if not found.size or not found.all():
     seen = checkpoints.to_float32(stored)
     if found.size:
       # Of the recovered blocks the lattice counts, not its rounded floats.
       lost = ~np.repeat(found.reshape(-1), number_format.block)
       seen, weight = seen.reshape(-1)[lost], weight.reshape(-1)[lost]
-    rounding.change.compare(seen, weight)
+    change.compare(seen, weight)
+  rounding.add(name, rows, int(found.sum()), blocks, change)
   return stored
 
 

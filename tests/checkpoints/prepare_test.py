@@ -111,3 +111,14 @@ def test_a_lattice_is_seen_from_a_few_matrices(tiny, mixed):
   }))
   assert prepare.lattice_share(floats) == 1
   assert prepare.lattice_share(tiny) == 0
+
+
+def test_a_piece_that_is_read_twice_counts_once(tiny):
+  rounding = prepare.Rounding()
+  weights = prepare.prepare(tiny, {_NAME: 'q4_0'}, rounding).weights
+  for _ in range(2):
+    for _ in weights.pieces(_NAME, largest=500):
+      pass
+  size = tiny.weights[_NAME].size
+  assert rounding.change.count == size
+  assert rounding.blocks == size // 32
