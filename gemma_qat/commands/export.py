@@ -102,7 +102,7 @@ def show(exported: export_lib.Exported) -> None:
     print(f'{path}: {_size(path) / 1e6:,.1f} MB')
   held = ', '.join(f'{n / 1e6:,.1f} MB {t}'
                    for t, n in exported.num_bytes.items())
-  print(f'Tensors: {held}; read back and equal to what was written.')
+  print(f'Tensors: {held}; read back and equal bit for bit.')
   rounding = exported.rounding
   if rounding.share is not None:
     print(f'{rounding.share:.2%} of the blocks of plain numbers lay on a Q4_0 '

@@ -36,7 +36,8 @@ def test_differences_are_summed_over_pieces():
   for g, w in zip(given, written):
     counted.add('layer_3/mlp_down', w, g)
   change = counted.by_kind['matrices']
-  assert (change.count, change.changed, change.largest) == (200, 11, 2.0)
+  assert (change.count, change.changed) == (200, 11)
+  assert change.largest == pytest.approx(2)
   error = written.astype(np.float64) - given
   assert change.relative_rms == pytest.approx(
       np.sqrt(np.sum(error**2) / np.sum(given.astype(np.float64) ** 2)),
