@@ -22,7 +22,7 @@ def describe(
 
   Returns:
     Plain values: source, layout, variant, model (the sizes), tokenizer (None
-    or its size), weights (count), bytes (of the weights), bits_per_weight,
+    or its size), vision (None or its sizes), weights (count), bytes (of the weights), bits_per_weight,
     tensors {type: {count, weights, bytes}}, matrices {kind: {type: count}}
     and metadata, long values shortened.
   """
@@ -48,6 +48,7 @@ def describe(
       'variant': model.config.variant,
       'model': dict(model.config.__dict__),
       'tokenizer': tokenizer.vocab_size if tokenizer else None,
+      'vision': dict(model.vision.config.__dict__) if model.vision else None,
       'weights': weights,
       'bytes': num_bytes,
       'bits_per_weight': 8 * num_bytes / weights,

@@ -15,6 +15,7 @@ from gemma_qat.checkpoints import changes
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import layouts
 from gemma_qat.checkpoints import prepare
+from gemma_qat.data import chat
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import rules
@@ -82,6 +83,8 @@ def convert(
       scales back; without, the reference rule rounds them.
   """
   layouts.check(target)
+  if target.chat_template:
+    checkpoint = _with_turns(checkpoint, chat.template(target.chat_template))
   rounding, counted = prepare.Rounding(), changes.Changes()
   prepared = prepare.prepare(
       checkpoint, layouts.choices(checkpoint, target), rounding, recover
@@ -140,3 +143,16 @@ def uniform_choices(
   return rules.resolve(
       ((prepare.LAYER_MATRICES, matrices), ('^embedding$', embedding)), names
   )
+
+
+def _with_turns(checkpoint, template):
+  """The checkpoint as one that answers turns; its tokenizer alone changes."""
+  tokenizer = checkpoints.tokenizer(checkpoint)
+  if tokenizer.end_of_turn_id is None:
+    raise errors.UserError(
+        f'{checkpoint.source} has no token <end_of_turn>: a chat template '
+        'needs it.'
+    )
+  return dataclasses.replace(checkpoint, tokenizer=dataclasses.replace(
+      tokenizer, chat_template=template, eos_id=tokenizer.end_of_turn_id
+  ))

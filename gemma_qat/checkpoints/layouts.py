@@ -40,6 +40,8 @@ class Target:
     mmproj: float type of a vision tower in GGUF: 'bf16', 'f16', 'f32', or
       'none' to leave it out.
     publisher: of the folder that LM Studio looks for; '' for none.
+    chat_template: 'gemma' or a file, instead of the checkpoint's own; the
+      model is then one that answers turns and ends them.
   """
 
   layout: str = 'gguf'
@@ -48,6 +50,7 @@ class Target:
   scales: str = 'auto'
   mmproj: str = 'bf16'
   publisher: str = ''
+  chat_template: str = ''
 
 
 class Written(NamedTuple):
@@ -160,6 +163,7 @@ def model_name(checkpoint: checkpoints.Checkpoint) -> str:
 
 def _gguf(checkpoint, path, target, on_piece):
   """One file, its Modelfile, and an mmproj where there is a vision tower."""
+  checkpoints.tokenizer(checkpoint)  # No runtime loads a file without.
   name = model_name(checkpoint)
   if target.publisher:
     path = _lm_studio(path, name, target)
@@ -190,7 +194,9 @@ def _gguf(checkpoint, path, target, on_piece):
 
 def _gemma_cpp(checkpoint, path, target, on_piece):
   del target
-  num_bytes = gemma_cpp_files.save(path, checkpoint, on_piece)
+  # Of sizes that it does not know, gemma.cpp reads all from the file.
+  is_custom = checkpoint.config.variant in ('tiny', 'custom')
+  num_bytes = gemma_cpp_files.save(path, checkpoint, on_piece, is_custom)
   return Written((path,), num_bytes)
 
 

@@ -59,13 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--publisher', default='',
                       help='with gguf: --to is a models folder of LM Studio, '
                       'the file goes to PUBLISHER/NAME-GGUF/ in it')
+  parser.add_argument('--chat_template', default='',
+                      help="'gemma' or a Jinja file, where the model has none "
+                      'of its own')
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]):
   """Parses what `add_arguments` added: (source, path, target)."""
   a = parser.parse_args(argv)
   target = layouts.Target(
-      a.layout, a.format, a.embedding, a.scales, a.mmproj, a.publisher
+      a.layout, a.format, a.embedding, a.scales, a.mmproj, a.publisher,
+      a.chat_template,
   )
   # Before a checkpoint is opened.
   layouts.check(target)

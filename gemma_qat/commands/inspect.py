@@ -38,6 +38,7 @@ def render(found: dict) -> str:
     lines.append(f'  {kind:14}{held}')
   lines += ['', 'model:']
   lines += [f'  {k} = {v}' for k, v in found['model'].items()]
-  lines += ['', f'tokenizer: {found["tokenizer"] or "none"}', '', 'metadata:']
+  lines += ['', f'tokenizer: {found["tokenizer"] or "none"}']
+  lines += [f'vision tower: {found["vision"] or "none"}', '', 'metadata:']
   lines += [f'  {k} = {v}' for k, v in found['metadata'].items()]
   return '\n'.join(lines)
