@@ -6,6 +6,8 @@ everything that the fuzzing may have changed.
 
 from collections.abc import Callable
 import pathlib
+import re
+import resource
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from gemma_qat.quant import lattice
 from tests.checkpoints import malformed_changes
 
 MOST_LETTERS = 4_000
+GIB = 2**30
 
 
 class Sample(NamedTuple):
@@ -62,6 +65,16 @@ def changed_outcome(sample: Sample, folder: pathlib.Path, rng: Any) -> str:
   """Changes something in a folder, reads it, and puts it right again."""
   with malformed_changes.changed(folder, rng):
     return outcome(sample, folder)
+
+
+def limit_memory() -> None:
+  """Refuses this process more than 1 GiB on top of what it has.
+
+  What it has written to or could: what is only mapped from files is free.
+  """
+  status = pathlib.Path('/proc/self/status').read_text()
+  now = 1024 * int(re.search(r'VmData:\s+(\d+) kB', status)[1])
+  resource.setrlimit(resource.RLIMIT_DATA, (now + GIB, now + GIB))
 
 
 def _read_all(load):

@@ -1,6 +1,6 @@
 """Which malformed inputs get anything but a clear error from a reader?
 
-  python -m tests.fuzz_readers --inputs=100000 [--readers=gguf,sbs]
+  python -m benchmarks.fuzz_readers --inputs=100000 [--readers=gguf,sbs]
 
 Every input is a small valid checkpoint with something wrong in it, made from
 its number alone. A reader may read it or raise a UserError of one line.
@@ -14,11 +14,11 @@ import collections
 import json
 import pathlib
 import random
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 
@@ -39,7 +39,8 @@ _SECONDS = flags.DEFINE_float(
 _CHILD = flags.DEFINE_bool('child', False, 'Used by the script itself.')
 
 _LONGEST = 10
-_GIB = 2**30
+# Also of the first input, before which the sample is made and code compiled.
+_SILENCE = 60
 
 
 def main(argv):
@@ -68,13 +69,16 @@ def _supervise(name):
   with tqdm.tqdm(total=_INPUTS.value, desc=name, disable=None) as progress:
     while first < last and not _is_late(begin):
       command = [
-          sys.executable, '-m', 'tests.fuzz_readers', '--child',
+          sys.executable, '-m', 'benchmarks.fuzz_readers', '--child',
           f'--readers={name}', f'--first={first}', f'--inputs={last - first}',
       ]
-      with subprocess.Popen(
-          command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+      # The noise of a process goes to a file: a pipe would fill up.
+      with tempfile.TemporaryFile('w+') as noise, subprocess.Popen(
+          command, stdout=subprocess.PIPE, stderr=noise, text=True
       ) as child:
+        watch = _Watch(child)
         for line in child.stdout:
+          watch.feed()
           number, said = json.loads(line)
           if said.startswith('begin'):
             first = number
@@ -89,13 +93,33 @@ def _supervise(name):
           if _is_late(begin):
             child.kill()
             return counted, findings, time.monotonic() - begin
-        noise = child.stderr.read()
-      if child.returncode:
-        findings += 1
-        print(f'{name} {first}: the process ended with {child.returncode}: '
-              f'{noise[-2000:]}', flush=True)
-        first += 1
+        child.wait()
+        watch.stop()
+        if child.returncode:
+          findings += 1
+          noise.seek(0)
+          print(f'{name} {first}: the process ended with {child.returncode}: '
+                f'{noise.read()[-2000:]}', flush=True)
+          first += 1
   return counted, findings, time.monotonic() - begin
+
+
+class _Watch:
+  """Kills a process that has been silent for long: native code may hang."""
+
+  def __init__(self, child):
+    self._child, self._timer = child, None
+    self.feed()
+
+  def feed(self):
+    self.stop()
+    self._timer = threading.Timer(_SILENCE, self._child.kill)
+    self._timer.daemon = True
+    self._timer.start()
+
+  def stop(self):
+    if self._timer is not None:
+      self._timer.cancel()
 
 
 def _is_late(begin):
@@ -112,9 +136,7 @@ def _run(name):
     sample.make(folder)
     # Also compiles what is compiled once.
     malformed_samples.outcome(sample, folder)
-    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
-    most = pages * resource.getpagesize() + _GIB
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    malformed_samples.limit_memory()
     for number in range(_FIRST.value, _FIRST.value + _INPUTS.value):
       _say(number, 'begin')
       signal.alarm(_LONGEST)
