@@ -19,12 +19,13 @@ class UserError(Exception):
   """
 
   def __init__(self, message: str):
+    message = ''.join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in message
+    )
     if len(message) > _MOST_LETTERS:
       half = _MOST_LETTERS // 2 - 3
       message = f'{message[:half]} ... {message[-half:]}'
-    super().__init__(''.join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in message
-    ))
+    super().__init__(message)
 
 
 class Stopped(Exception):

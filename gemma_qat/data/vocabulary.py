@@ -91,8 +91,10 @@ def read_proto(
     proto = sentencepiece_model_pb2.ModelProto.FromString(data)
     if len(proto.pieces) > MOST_PIECES:
       raise ValueError('too many pieces')
-    # protobuf looks for UTF-8 when a text is asked for.
     texts = [p.piece for p in proto.pieces]
+    # protobuf raises, or gives bytes, where a text is not UTF-8.
+    if not all(isinstance(text, str) for text in texts):
+      raise ValueError('a piece is no text')
   except (message.DecodeError, ValueError) as error:
     raise errors.UserError(
         f'The tokenizer ({len(data)} bytes) is not a SentencePiece model: '

@@ -143,7 +143,7 @@ def _number(rng, size):
 
 def _gguf(data, rng):
   """Wrong numbers and texts where the header has such."""
-  fields = _gguf_fields(data)
+  fields = gguf_fields(data)
   texts = [data[a:b] for a, b, is_text in fields if is_text]
   chosen = {rng.choice(fields) for _ in range(rng.randrange(1, 4))}
   # From the end, so that the places of the others stay.
@@ -160,8 +160,8 @@ def _gguf(data, rng):
   return data
 
 
-def _gguf_fields(data):
-  """Lists (start, end, is text) of all fields of a valid header."""
+def gguf_fields(data: bytes) -> list[tuple[int, int, bool]]:
+  """Lists (start, end, is text) of all fields of a valid GGUF header."""
   fields, at = [], 4
   sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -261,6 +261,8 @@ def _proto(data, rng):
   proto = sentencepiece_model_pb2.ModelProto.FromString(data)
   for _ in range(rng.randrange(1, 4)):
     what = rng.randrange(10)
+    if not proto.pieces:
+      break
     piece = proto.pieces[rng.randrange(len(proto.pieces))]
     if what == 0:
       piece.score = rng.choice([float('nan'), float('inf'), -1e38, 0.0])
@@ -284,8 +286,6 @@ def _proto(data, rng):
     else:
       proto.normalizer_spec.name = rng.choice(TEXTS)
       proto.normalizer_spec.precompiled_charsmap = rng.choice(TEXTS).encode()
-    if not proto.pieces:
-      break
   return proto.SerializeToString()
 
 
@@ -294,13 +294,13 @@ def _sbs(data, rng):
   data = bytearray(data)
   count = int.from_bytes(data[-12:-8], 'little')
   directory = 16 + 32 * count
+  # The table of tensors is the last blob.
+  offset, length = struct.unpack('<QQ', data[-32:-16])
   for _ in range(rng.randrange(1, 4)):
     size = rng.choice([4, 8])
     if rng.randrange(2):
       at = len(data) - size * rng.randrange(1, directory // size + 1)
     else:
-      # The table of tensors is the last blob.
-      offset, length = struct.unpack('<QQ', data[-32:-16])
       at = offset + 4 * rng.randrange(length // 4)
     data[at : at + size] = _number(rng, size)
   return bytes(data)
