@@ -38,6 +38,8 @@ _VERSION = 1
 _DONE = '_CHECKPOINT_METADATA'
 # In the folder of the manifest, as `ocp.handlers.JsonHandler` names it.
 _MANIFEST = 'data.json'
+# More than any model has; groups of them are one array.
+_MOST_LAYERS = 1_000
 _LARGEST_TOKENIZER = 2**26
 _NODE_PARTS = {'codes', 'master', 'scale'}
 # What has to be decoded to read any part of an array.
@@ -224,6 +226,8 @@ def _read_manifest(step, said):
       )
     with errors.about(step):
       config = model_config.ModelConfig(**said['model'])
+      if config.num_layers > _MOST_LAYERS:
+        raise ValueError(f'{config.num_layers} layers')
       specs = model_weights.tree_specs(config)
       plan = {
           path: _entry(name, mode, specs[path])

@@ -8,24 +8,24 @@ from typing import Any
 from gemma_qat import errors
 
 
-# Loops go over layers; no other size is as large as a terabyte.
-_MOST_LAYERS, _LARGEST = 1_000, 2**40
+# No size of a model is as large.
+_LARGEST = 2**40
 
 
 def check_sizes(config: Any) -> None:
   """Raises a UserError unless every number of a config can be a size.
 
-  Whole ones are 1 to 2^40, layers at most 1,000, others positive and finite:
-  so that loops end and no arithmetic overflows, whatever a file says.
+  Whole ones are 1 to 2^40, others positive and finite: so that no arithmetic
+  overflows, whatever a file says. Who loops over layers compares their number
+  with the file first.
   """
   for field in dataclasses.fields(config):
     value, kind = getattr(config, field.name), field.type
-    largest = _MOST_LAYERS if field.name == 'num_layers' else _LARGEST
     if kind is str:
       is_good, expected = isinstance(value, str), 'a text'
     elif kind is int:
-      is_good = _is_number(value, numbers.Integral) and 1 <= value <= largest
-      expected = f'a whole number from 1 to {largest:,}'
+      is_good = _is_number(value, numbers.Integral) and 1 <= value <= _LARGEST
+      expected = f'a whole number from 1 to {_LARGEST:,}'
     else:
       # Every float that a float32 can be is below.
       is_good = _is_number(value, numbers.Real) and 0 < value < 1e39
