@@ -108,6 +108,7 @@ def open_tree(folder: str | os.PathLike) -> dict[str, LazyArray]:
   found = {}
   for name, store in stores.items():
     _check_sizes(folder, name, store)
+    _check_codec(folder, name, store)
     read = functools.partial(
         _read, folder, name, store, kept, functools.cache(functools.partial(
             _check_chunks, folder, name, store, is_whole
@@ -212,6 +213,21 @@ def _check_sizes(folder, name, store):
           f'of {tuple(chunk)}, which no checkpoint has: it is not to be '
           'trusted.'
       )
+
+
+def _check_codec(folder, name, store):
+  """Refuses the one codec that allocates whatever a chunk claims to hold.
+
+  The others give up where the chunk that was announced is full; 8 MB of blosc
+  took 2 GB, and ended the process where there were none. Orbax writes zstd,
+  and wrote gzip.
+  """
+  codec = store.codec
+  if codec is not None and 'blosc' in json.dumps(codec.to_json()):
+    raise errors.UserError(
+        f'{folder}: {name} is compressed by blosc, which Orbax does not use: '
+        'it is not to be trusted.'
+    )
 
 
 def _chunks(store):

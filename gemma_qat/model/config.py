@@ -44,8 +44,9 @@ class ModelConfig:
   Axis letters as in `layers.py`: D width, N query heads, K key/value heads,
   H head width, F MLP width, V vocabulary.
 
-  Invariants: those of `check_sizes`; N is a multiple of K; every layer i with (i + 1) % `pattern` == 0
-  attends globally, the others see the last `sliding_window` tokens.
+  Invariants: `check_sizes` holds; N is a multiple of K; every layer i with
+  (i + 1) % `pattern` == 0 attends globally, the others see the last
+  `sliding_window` tokens.
   """
 
   variant: str

@@ -25,7 +25,8 @@ class VisionConfig:
     norm_epsilon: of the tower's layer norms.
     text_dim: width of the text model that the projector leads to.
 
-  Invariants: those of `config.check_sizes`; image_size is a multiple of patch_size, width of num_heads.
+  Invariants: `config.check_sizes` holds; image_size is a multiple of
+  patch_size, width of num_heads.
   """
 
   text_dim: int

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pathlib
 import re
 import resource
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +27,17 @@ from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import layouts
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.checkpoints import random_weights
+from gemma_qat.checkpoints import regular_files
 from gemma_qat.checkpoints import sbs_blobs
+from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
 from tests.checkpoints import malformed_changes
 
-MOST_LETTERS = 4_000
+MOST_LETTERS = 2_000
+# What stored tokenizers begin with.
+MAGIC = b'gemma-qat tokenizer 1\n'
 GIB = 2**30
 
 
@@ -56,7 +61,7 @@ def outcome(sample: Sample, folder: pathlib.Path) -> str:
       sample.read(folder / sample.path)
   except errors.UserError as error:
     message = str(error)
-    assert message.isprintable() and 0 < len(message) < MOST_LETTERS, message
+    assert message.isprintable() and 0 < len(message) <= MOST_LETTERS, message
     return 'refused'
   return 'read'
 
@@ -87,9 +92,7 @@ def _read_all(load):
         for _ in checkpoint.vision.weights.pieces(name):
           pass
     if checkpoint.tokenizer is not None:
-      ids = checkpoint.tokenizer.encode('<bos>The  end.\n\0', specials=True)
-      checkpoint.tokenizer.decode(ids)
-      checkpoint.tokenizer.to_proto()
+      _use(checkpoint.tokenizer)
     layouts.model_name(checkpoint)
   return read
 
@@ -208,6 +211,36 @@ def _sbs(folder):
   )
 
 
+def _proto(folder):
+  (folder / 'tokenizer.model').write_bytes(
+      tokenizers.tiny_tokenizer().to_proto()
+  )
+
+
+def _read_proto(path):
+  _use(tokenizers.from_proto(_bytes(path)))
+
+
+def _fields(folder):
+  """What our own steps hold of a tokenizer, before it is compressed."""
+  data = tokenizers.tiny_tokenizer().to_bytes()
+  (folder / 'tokenizer.json').write_bytes(zlib.decompress(data[len(MAGIC) :]))
+
+
+def _read_fields(path):
+  _use(tokenizers.from_bytes(MAGIC + zlib.compress(_bytes(path), 1)))
+
+
+def _bytes(path):
+  return regular_files.read_bytes(path, 2**24)
+
+
+def _use(tokenizer):
+  ids = tokenizer.encode('<bos>The  end.\n\0', bos=True, specials=True)
+  tokenizer.decode(ids)
+  assert tokenizer.to_proto() and tokenizer.to_bytes() and tokenizer.digest
+
+
 SAMPLES = {
     'gguf': Sample(_gguf, 'model.gguf', _read_all(gguf_files.load)),
     'huggingface': Sample(
@@ -227,6 +260,8 @@ SAMPLES = {
     ),
     'orbax': Sample(_step, '.', _read_all(orbax_files.load)),
     'orbax_zarr': Sample(_step_zarr, '.', _read_all(orbax_files.load)),
+    'proto': Sample(_proto, 'tokenizer.model', _read_proto),
+    'stored_tokenizer': Sample(_fields, 'tokenizer.json', _read_fields),
     'sbs': Sample(_sbs, 'model.sbs', _read_sbs),
     'detect_file': Sample(_gguf, 'model.gguf', _read_all(detect.load)),
     'detect_folder': Sample(_huggingface, 'model', _read_all(detect.load)),

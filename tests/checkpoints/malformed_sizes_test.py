@@ -17,7 +17,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from gemma_qat import errors
 from gemma_qat.data import tokenizer as tokenizers
-from tests.checkpoints import malformed_changes
+from tests.checkpoints import malformed_contents
 from tests.checkpoints import malformed_samples
 
 _SECONDS = 120
@@ -48,7 +48,8 @@ def read_all(name: str, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('name', [
-    name for name in malformed_samples.SAMPLES if not name.startswith('detect')
+    name for name in malformed_samples.SAMPLES
+    if not name.startswith(('detect', 'proto', 'stored'))
 ])
 def test_forged_sizes_are_refused_within_a_gigabyte(name, tmp_path):
   done = subprocess.run(
@@ -60,14 +61,13 @@ def test_forged_sizes_are_refused_within_a_gigabyte(name, tmp_path):
 
 
 def test_a_stored_tokenizer_that_inflates_is_refused():
-  magic = tokenizers.tiny_tokenizer().to_bytes().split(b'\n')[0] + b'\n'
   packer = zlib.compressobj(9)
   bomb = b''.join(
       [packer.compress(bytes(2**20)) for _ in range(128)] + [packer.flush()]
   )
   assert len(bomb) < 2**18
   with pytest.raises(errors.UserError, match='too large'):
-    tokenizers.from_bytes(magic + bomb)
+    tokenizers.from_bytes(malformed_samples.MAGIC + bomb)
 
 
 def test_a_tokenizer_of_empty_pieces_is_refused():
@@ -104,7 +104,7 @@ def _forged(folder):
 
 
 def _forged_gguf(data):
-  fields = [f for f in malformed_changes.gguf_fields(data) if not f[2]]
+  fields = [f for f in malformed_contents.gguf_fields(data) if not f[2]]
   # The first of each length: a vocabulary's texts are all alike.
   for start, end, _ in fields[:: max(1, len(fields) // 60)] + fields[:4]:
     for huge in _HUGE:

@@ -140,8 +140,8 @@ def test_links_of_hugging_faces_cache_are_followed(folder, tmp_path):
 
 
 @pytest.mark.parametrize('name', [
-    '../x.safetensors', '/x.safetensors', '..', 'a\0.safetensors', 'config.json',
-    'a/b.safetensors', '',
+    '../x.safetensors', '/x.safetensors', '..', 'a\0.safetensors',
+    'config.json', 'a/b.safetensors', '',
 ])
 def test_shards_lie_in_their_folder(folder, name):
   path = folder / 'model.safetensors.index.json'
@@ -162,6 +162,18 @@ def test_orbax_folders_hold_no_links_out_of_them(tmp_path):
   chunk.symlink_to(tmp_path / 'elsewhere')
   with pytest.raises(errors.UserError, match='link out of its folder'):
     orbax_arrays.open_tree(tmp_path / 'model')
+
+
+def test_chunks_that_may_claim_any_size_are_refused(tmp_path):
+  path = tmp_path / 'model'
+  malformed_samples.SAMPLES['gemma_zarr'].make(tmp_path)
+  for said in sorted(path.rglob('.zarray')):
+    contents = json.loads(said.read_text())
+    said.write_text(json.dumps(contents | {'compressor': {
+        'id': 'blosc', 'cname': 'lz4', 'clevel': 5, 'shuffle': 1,
+    }}))
+  with pytest.raises(errors.UserError, match='compressed by blosc'):
+    orbax_arrays.open_tree(path)
 
 
 def test_messages_are_one_printable_line_of_bounded_length():
