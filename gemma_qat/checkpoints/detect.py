@@ -34,7 +34,15 @@ def load(model: str | os.PathLike) -> checkpoints.Checkpoint:
   name = os.fspath(model)
   if random_weights.is_name(name):
     return random_weights.load(name)
-  path = pathlib.Path(name)
+  try:
+    return _load(pathlib.Path(name), name)
+  except OSError as error:
+    raise errors.UserError(
+        f'{name} cannot be read ({error.strerror or error}).'
+    ) from error
+
+
+def _load(path, name):
   if name == PACKAGED and not path.exists():
     return gguf_files.load(packaged_file())
   if path.is_dir():

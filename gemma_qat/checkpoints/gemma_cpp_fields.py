@@ -142,6 +142,7 @@ def read_table(data: bytes) -> dict[str, Tensor]:
       if (
           length != name_length + 8 or name in found or stride != cols
           or count != rows * cols or size != types[number][1]
+          or not math.isfinite(scale)
       ):
         raise ValueError(name)
       found[name] = Tensor(name, types[number][0], rows, cols, scale)

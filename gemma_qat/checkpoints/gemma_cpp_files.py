@@ -102,12 +102,9 @@ def read_tensors(
     raise errors.UserError(
         f'{path} has no table of tensors: it is no .sbs file of 2025 or later.'
     )
-  try:
-    table = gemma_cpp_fields.read_table(
-        sbs_blobs.read_bytes(path, blobs[TABLE])
-    )
-  except errors.UserError as error:
-    raise errors.UserError(f'{path}: {error}') from error
+  data = sbs_blobs.read_bytes(path, blobs[TABLE])
+  with errors.about(path):
+    table = gemma_cpp_fields.read_table(data)
   for name, tensor in table.items():
     if name not in blobs or blobs[name].num_bytes != tensor.num_bytes:
       raise errors.UserError(

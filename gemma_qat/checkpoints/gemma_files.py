@@ -23,6 +23,7 @@ from gemma_qat.checkpoints import gemma_writer
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import orbax_arrays
 from gemma_qat.checkpoints import padding
+from gemma_qat.checkpoints import regular_files
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
@@ -53,7 +54,7 @@ def is_folder(path: str | os.PathLike) -> bool:
   tree = _find(pathlib.Path(path))
   # The queries are called so in every form, in one key or two.
   return tree is not None and bool(re.search(
-      rb'attn\W+q_einsum', (tree / orbax_arrays.METADATA).read_bytes()
+      rb'attn\W+q_einsum', orbax_arrays.read_metadata(tree)
   ))
 
 
@@ -203,6 +204,9 @@ def _read(part, place, shape, dtype, rows):
 
 def _tokenizer(path, folder):
   for place in (folder, path, folder.parent, path.resolve().parent):
-    if (place / _TOKENIZER).is_file():
-      return tokenizers.from_proto((place / _TOKENIZER).read_bytes())
+    path = place / _TOKENIZER
+    if path.exists():
+      data = regular_files.read_bytes(path, regular_files.LARGEST_TOKENIZER)
+      with errors.about(path):
+        return tokenizers.from_proto(data)
   return None

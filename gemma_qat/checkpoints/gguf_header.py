@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import regular_files
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: '<u1',
@@ -51,11 +52,11 @@ class Header(NamedTuple):
 
 
 def is_gguf(path: str | os.PathLike) -> bool:
-  """Whether a file begins like a GGUF."""
+  """Whether a regular file begins like a GGUF."""
   try:
-    with open(path, 'rb') as f:
+    with regular_files.opened(path) as f:
       return f.read(4) == b'GGUF'
-  except OSError:
+  except errors.UserError:
     return False
 
 
@@ -65,16 +66,28 @@ def read(path: str | os.PathLike) -> Header:
   Raises:
     UserError: not a GGUF of version 2 or 3, damaged or truncated.
   """
-  try:
-    with open(path, 'rb') as f:
-      if f.read(4) != b'GGUF':
-        raise errors.UserError(f'{path} is not a GGUF file.')
-      with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _read(_Cursor(path, data))
-  except OSError as error:
+  with regular_files.opened(path) as f:
+    if f.read(4) != b'GGUF':
+      raise errors.UserError(f'{path} is not a GGUF file.')
+    with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+      return _read(_Cursor(path, data))
+
+
+def text(
+    metadata: dict[str, Any], source: str, key: str, default: Any = None
+) -> Any:
+  """Returns a metadata value that has to be a text where it is present.
+
+  Raises:
+    UserError: it is a number or an array.
+  """
+  value = metadata.get(key)
+  if value is not None and not isinstance(value, str):
     raise errors.UserError(
-        f'{path} cannot be read ({error.strerror or error}).'
-    ) from error
+        f'{source}: {key} is {value!r:.60}, expected a text: convert the '
+        'model again.'
+    )
+  return default if value is None else value
 
 
 def read_bytes(path: str | os.PathLike, tensor: Tensor) -> np.ndarray:

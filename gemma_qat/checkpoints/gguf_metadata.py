@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import gguf_header
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 
@@ -48,7 +49,7 @@ def read_config(
   Raises:
     UserError: not a Gemma 3, or a key is missing or of the wrong type.
   """
-  architecture = metadata.get('general.architecture')
+  architecture = gguf_header.text(metadata, source, 'general.architecture')
   if architecture != ARCHITECTURE:
     raise errors.UserError(
         f'{source} holds architecture {architecture!r}, not {ARCHITECTURE!r}: '
@@ -69,15 +70,18 @@ def read_config(
         f'{source}: attention.value_length differs from key_length, which no '
         'Gemma 3 has.'
     )
-  config = model_config.ModelConfig(
-      variant='custom',
-      vocab_size=vocab_size,
-      # A float32 in the file: 1e-6 comes back as 9.99999997e-07.
-      **sizes | {'norm_epsilon': float(f'{sizes["norm_epsilon"]:.6g}')},
-      rope_scaling=_rope_scaling(metadata, source),
-      rope_base_local=number('rope.freq_base_swa', 10_000.0),
-      query_scale_dim=_query_scale_dim(sizes),
-  )
+  rope_scaling = _rope_scaling(metadata, source)
+  rope_base_local = number('rope.freq_base_swa', 10_000.0)
+  with errors.about(source):
+    config = model_config.ModelConfig(
+        variant='custom',
+        vocab_size=vocab_size,
+        # A float32 in the file: 1e-6 comes back as 9.99999997e-07.
+        **sizes | {'norm_epsilon': float(f'{sizes["norm_epsilon"]:.6g}')},
+        rope_scaling=rope_scaling,
+        rope_base_local=rope_base_local,
+        query_scale_dim=_query_scale_dim(sizes),
+    )
   return dataclasses.replace(
       config, variant=model_config.find_variant(config)
   )
@@ -126,7 +130,7 @@ def read_tokenizer(
   Raises:
     UserError: not a SentencePiece vocabulary, or a damaged one.
   """
-  kind = metadata.get('tokenizer.ggml.model')
+  kind = gguf_header.text(metadata, source, 'tokenizer.ggml.model')
   if kind in (None, 'none', 'no_vocab'):
     return None
   arrays = [
@@ -139,16 +143,25 @@ def read_tokenizer(
         'types: Gemma\'s is SentencePiece ("llama"), convert the model again '
         'with its tokenizer.model.'
     )
+  if [isinstance(a, kind) for a, kind in zip(
+      arrays, (list, np.ndarray, np.ndarray), strict=True
+  )] != [True] * 3:
+    raise errors.UserError(
+        f'{source}: pieces, scores and types of the vocabulary are not lists '
+        'of texts and numbers: convert the model again.'
+    )
   pieces, scores, types = arrays
-  get = lambda key, default: int(metadata.get(f'tokenizer.ggml.{key}', default))
-  return tokenizers.from_pieces(
-      pieces, scores, types,
-      bos_id=get('bos_token_id', _BOS),
-      eos_id=get('eos_token_id', _EOS),
-      pad_id=get('padding_token_id', _PAD),
-      unk_id=get('unknown_token_id', _UNK),
-      chat_template=metadata.get('tokenizer.chat_template'),
-  )
+  template = gguf_header.text(metadata, source, 'tokenizer.chat_template')
+  get = lambda key, default: metadata.get(f'tokenizer.ggml.{key}', default)
+  with errors.about(source):
+    return tokenizers.from_pieces(
+        pieces, scores, types,
+        bos_id=get('bos_token_id', _BOS),
+        eos_id=get('eos_token_id', _EOS),
+        pad_id=get('padding_token_id', _PAD),
+        unk_id=get('unknown_token_id', _UNK),
+        chat_template=template,
+    )
 
 
 def add_tokenizer(
@@ -185,7 +198,9 @@ def _number(metadata, source, key, default):
 
 
 def _rope_scaling(metadata, source):
-  kind = metadata.get(f'{ARCHITECTURE}.rope.scaling.type', 'linear')
+  kind = gguf_header.text(
+      metadata, source, f'{ARCHITECTURE}.rope.scaling.type', 'linear'
+  )
   if kind not in ('linear', 'none'):
     raise errors.UserError(
         f'{source} scales RoPE by {kind!r}; Gemma 3 knows only linear scaling.'

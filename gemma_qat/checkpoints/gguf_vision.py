@@ -69,9 +69,9 @@ def load(path: str | os.PathLike) -> checkpoints.Vision:
   """
   header = gguf_header.read(path)
   source = os.fspath(path)
-  kinds = (
-      header.metadata.get('general.architecture'),
-      header.metadata.get('clip.projector_type'),
+  kinds = tuple(
+      gguf_header.text(header.metadata, source, key)
+      for key in ('general.architecture', 'clip.projector_type')
   )
   if kinds != (ARCHITECTURE, PROJECTOR):
     raise errors.UserError(
@@ -195,11 +195,12 @@ def _config(metadata, source):
   if not isinstance(epsilon, float):
     raise errors.UserError(f'{source}: layer_norm_epsilon is {epsilon!r}.')
   patches = sizes['image_size'] // sizes['patch_size']
-  return vision_config.VisionConfig(
-      **sizes, tokens_per_image=patches**2 // _PATCHES_PER_TOKEN,
-      # A float32 in the file.
-      norm_epsilon=float(f'{epsilon:.6g}'),
-  )
+  with errors.about(source):
+    return vision_config.VisionConfig(
+        **sizes, tokens_per_image=patches**2 // _PATCHES_PER_TOKEN,
+        # A float32 in the file.
+        norm_epsilon=float(f'{epsilon:.6g}'),
+    )
 
 
 def _add_metadata(

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import huggingface_tokenizer
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import padding
+from gemma_qat.checkpoints import regular_files
 from gemma_qat.model import vision as vision_config
 from gemma_qat.model import weights as model_weights
 
@@ -21,11 +23,11 @@ _WHOLE, _INDEX = 'model.safetensors', 'model.safetensors.index.json'
 # As safetensors calls them -> bytes a weight.
 _READABLE = {'F32': 4, 'F16': 2, 'BF16': 2}
 # What processors and generation are told, which no weight depends on.
+_SHARD = re.compile(r'[\w.-]+\.safetensors')
 _EXTRAS = (
     'generation_config.json', 'preprocessor_config.json',
     'processor_config.json',
 )
-_LARGEST_EXTRA = 2**20
 
 
 def is_folder(path: str | os.PathLike) -> bool:
@@ -73,7 +75,7 @@ def load(folder: str | os.PathLike) -> checkpoints.Checkpoint:
       ),
       tokenizer=padding.cut(tokenizer, config.vocab_size),
       metadata={
-          'dtype': settings.get('dtype', settings.get('torch_dtype')),
+          'dtype': _text(settings.get('dtype', settings.get('torch_dtype'))),
           **({'ignored_tensors': heads} if heads else {}),
       },
       source=str(folder),
@@ -90,18 +92,24 @@ class _Tensor(NamedTuple):
   type: str
 
 
+def _text(value):
+  return value if isinstance(value, str) else None
+
+
 def _find_tensors(folder) -> dict[str, _Tensor]:
   """Lists the tensors of all safetensors files."""
-  if (folder / _INDEX).is_file():
+  if (folder / _INDEX).exists():
     index = huggingface_tokenizer.read_json(folder / _INDEX)
     shards = index.get('weight_map')
     shards = shards.values() if isinstance(shards, dict) else [None]
-    if any(not isinstance(s, str) or pathlib.Path(s).name != s for s in shards):
+    if not shards or not all(
+        isinstance(s, str) and _SHARD.fullmatch(s) for s in shards
+    ):
       raise errors.UserError(
           f'{folder / _INDEX} names files elsewhere or none: fetch it again.'
       )
     shards = sorted(set(shards))
-  elif (folder / _WHOLE).is_file():
+  elif (folder / _WHOLE).exists():
     shards = [_WHOLE]
   else:
     raise errors.UserError(
@@ -120,6 +128,8 @@ def _find_tensors(folder) -> dict[str, _Tensor]:
 
 
 def _open(path):
+  # safetensors would wait for a pipe.
+  regular_files.check(path)
   try:
     return safetensors.safe_open(path, framework='numpy')
   except (OSError, safetensors.SafetensorError) as error:
@@ -205,7 +215,10 @@ def _extras(folder):
   """Small files that only pass through, from a folder to a folder."""
   extras = {}
   for name in _EXTRAS:
-    path = folder / name
-    if path.is_file() and path.stat().st_size <= _LARGEST_EXTRA:
-      extras[name] = path.read_bytes()
+    if (folder / name).exists():
+      regular_files.check_own(folder, name)
+      regular_files.read_json(folder / name)
+      extras[name] = regular_files.read_bytes(
+          folder / name, regular_files.LARGEST_SMALL
+      )
   return extras

@@ -101,7 +101,8 @@ def read_vision(
           f'{source}: vision_config.{_VISION.get(field, field)} is {value}, '
           'expected a positive number.'
       )
-  return vision_config.VisionConfig(text_dim, **sizes)
+  with errors.about(source):
+    return vision_config.VisionConfig(text_dim, **sizes)
 
 
 def write(
@@ -184,24 +185,25 @@ def _read(config, source, vocab_size):
   get = lambda key: _number(text, source, key)
   layers = int(get('num_hidden_layers'))
   rope = _rope(text, source)
-  sizes = model_config.ModelConfig(
-      variant='custom',
-      num_layers=layers,
-      embed_dim=int(get('hidden_size')),
-      mlp_dim=int(get('intermediate_size')),
-      num_heads=int(get('num_attention_heads')),
-      num_kv_heads=int(get('num_key_value_heads')),
-      head_dim=int(get('head_dim')),
-      sliding_window=int(get('sliding_window')),
-      context_length=int(get('max_position_embeddings')),
-      vocab_size=vocab_size,
-      query_scale_dim=float(get('query_pre_attn_scalar')),
-      norm_epsilon=float(get('rms_norm_eps')),
-      pattern=_pattern(text, source, layers),
+  sizes = {
+      'num_layers': layers,
+      'embed_dim': int(get('hidden_size')),
+      'mlp_dim': int(get('intermediate_size')),
+      'num_heads': int(get('num_attention_heads')),
+      'num_kv_heads': int(get('num_key_value_heads')),
+      'head_dim': int(get('head_dim')),
+      'sliding_window': int(get('sliding_window')),
+      'context_length': int(get('max_position_embeddings')),
+      'vocab_size': vocab_size,
+      'query_scale_dim': float(get('query_pre_attn_scalar')),
+      'norm_epsilon': float(get('rms_norm_eps')),
+      'pattern': _pattern(text, source, layers),
       **rope,
-  )
+  }
+  with errors.about(source):
+    config = model_config.ModelConfig(variant='custom', **sizes)
   return dataclasses.replace(
-      sizes, variant=model_config.find_variant(sizes)
+      config, variant=model_config.find_variant(config)
   )
 
 

@@ -6,9 +6,11 @@ import pathlib
 from typing import Any
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import regular_files
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.data import vocabulary
 
+_TEMPLATE = 'chat_template.jinja'
 _SPACE = '\u2581'
 # Tokens that a fine-tune may add; a damaged id must not fill the memory.
 _MOST_ADDED = 2**16
@@ -25,25 +27,30 @@ def load(folder: pathlib.Path) -> tokenizers.Tokenizer | None:
   """
   settings = read_json(folder / 'tokenizer_config.json', {})
   template = _chat_template(folder, settings)
-  if (folder / 'tokenizer.model').is_file():
-    data = (folder / 'tokenizer.model').read_bytes()
-    tokenizer = tokenizers.from_proto(data, template)
+  if (folder / 'tokenizer.model').exists():
+    data = regular_files.read_bytes(
+        folder / 'tokenizer.model', regular_files.LARGEST_TOKENIZER
+    )
+    with errors.about(folder / 'tokenizer.model'):
+      tokenizer = tokenizers.from_proto(data, template)
     # A fine-tune's own tokens stand beside it, not in it.
     tokenizer = _with_added(tokenizer, _added_tokens(folder, settings), folder)
-  elif (folder / 'tokenizer.json').is_file():
+  elif (folder / 'tokenizer.json').exists():
     path = folder / 'tokenizer.json'
     try:
       tokenizer = _from_json(read_json(path), path, template)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError, KeyError, TypeError, ValueError, OverflowError
+    ) as error:
       raise errors.UserError(
           f'{path} is not laid out as expected ({error!r}): put the '
           'tokenizer.model of the checkpoint beside it.'
       ) from error
   else:
     return None
-  return dataclasses.replace(
-      tokenizer, eos_id=_end_id(folder, settings, tokenizer)
-  )
+  end = _end_id(folder, settings, tokenizer)
+  with errors.about(folder):
+    return dataclasses.replace(tokenizer, eos_id=end)
 
 
 def read_json(path: pathlib.Path, default: Any = None) -> Any:
@@ -52,15 +59,9 @@ def read_json(path: pathlib.Path, default: Any = None) -> Any:
   Raises:
     UserError: missing without a default, or not a JSON object.
   """
-  if default is not None and not path.is_file():
+  if default is not None and not path.exists():
     return default
-  try:
-    contents = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError) as error:
-    raise errors.UserError(f'{path} cannot be read: {error}.') from error
-  if not isinstance(contents, dict):
-    raise errors.UserError(f'{path} does not hold a JSON object.')
-  return contents
+  return regular_files.read_json(path)
 
 
 def write_json(path: pathlib.Path, contents: Any) -> None:
@@ -70,8 +71,12 @@ def write_json(path: pathlib.Path, contents: Any) -> None:
 
 
 def _chat_template(folder, settings):
-  if (folder / 'chat_template.jinja').is_file():
-    return (folder / 'chat_template.jinja').read_text(encoding='utf-8')
+  if (folder / _TEMPLATE).exists():
+    # Copied as it is into what is made of the checkpoint.
+    regular_files.check_own(folder, _TEMPLATE)
+    return regular_files.read_text(
+        folder / _TEMPLATE, regular_files.LARGEST_SMALL
+    )
   beside = read_json(folder / 'chat_template.json', {})
   template = beside.get('chat_template', settings.get('chat_template'))
   return template if isinstance(template, str) else None
@@ -93,7 +98,9 @@ def _added_tokens(folder, settings) -> dict[int, dict[str, Any]]:
       found[int(i)] = token
     return {i: {'content': str(t['content']), 'special': t.get('special')}
             for i, t in found.items()}
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except (
+      AttributeError, KeyError, TypeError, ValueError, OverflowError
+  ) as error:
     raise errors.UserError(
         f'{folder} says its added tokens in an unknown form ({error!r}): '
         'fetch its tokenizer files again.'
@@ -132,17 +139,19 @@ def _with_added(tokenizer, added, folder):
     return tokenizer
   ids = {f'{n}_id': getattr(tokenizer, f'{n}_id')
          for n in ('bos', 'eos', 'pad', 'unk')}
-  return tokenizers.from_pieces(
-      pieces, scores, types, **ids, chat_template=tokenizer.chat_template
-  )
+  with errors.about(folder):
+    return tokenizers.from_pieces(
+        pieces, scores, types, **ids, chat_template=tokenizer.chat_template
+    )
 
 
 def _end_id(folder, settings, tokenizer):
   """Finds the token that ends an answer."""
   ends = read_json(folder / 'config.json', {}).get('eos_token_id')
-  if isinstance(ends, list) and tokenizer.end_of_turn_id in ends:
+  turn = tokenizer.end_of_turn_id
+  if turn is not None and isinstance(ends, list) and turn in ends:
     # Instruction-tuned models list both and name '<eos>' as their eos_token.
-    return tokenizer.end_of_turn_id
+    return turn
   end = settings.get('eos_token')
   end = end.get('content') if isinstance(end, dict) else end
   if end in tokenizer.pieces:
@@ -177,7 +186,8 @@ def _from_json(contents, path, template):
     rank += kind == vocabulary.NORMAL
   # Through a proto, because that is where Gemma's piece types are set right.
   proto = vocabulary.make_proto(ordered, scores, types, ids)
-  return tokenizers.from_proto(proto, template)
+  with errors.about(path):
+    return tokenizers.from_proto(proto, template)
 
 
 def _type(piece, added):

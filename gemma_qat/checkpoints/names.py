@@ -168,10 +168,8 @@ def check_shapes(
   specs = lambda shapes: {
       n: weights.WeightSpec(tuple(s), (), 0) for n, s in shapes.items()
   }
-  try:
+  with errors.about(source):
     weights.check(specs(expected), specs(found))
-  except errors.UserError as error:
-    raise errors.UserError(f'{source}: {error}') from error
 
 
 def _rows(config):

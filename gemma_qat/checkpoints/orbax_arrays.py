@@ -19,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import regular_files
 
 METADATA = '_METADATA'
 _OCDBT = 'manifest.ocdbt'
@@ -62,6 +63,15 @@ def is_tree(folder: str | os.PathLike) -> bool:
   return pathlib.Path(folder, METADATA).is_file()
 
 
+def read_metadata(folder: pathlib.Path) -> bytes:
+  """Returns what Orbax says of the tree in a folder, unparsed.
+
+  Raises:
+    UserError: it is missing or larger than any can be.
+  """
+  return regular_files.read_bytes(folder / METADATA, _LARGEST_METADATA)
+
+
 def open_tree(folder: str | os.PathLike) -> dict[str, LazyArray]:
   """Opens every array of a folder: 'a/b/c' -> `LazyArray`.
 
@@ -76,23 +86,29 @@ def open_tree(folder: str | os.PathLike) -> dict[str, LazyArray]:
       chunks of impossible sizes, or names that lead out of the folder.
   """
   folder = pathlib.Path(folder).resolve()
+  # Tensorstore opens whatever lies where its metadata leads.
+  regular_files.check_tree(folder)
   said = _read_metadata(folder)
   is_whole = said.get('store_array_data_equal_to_fill_value') is True
   specs = _specs(folder, said)
   context = ts.Context()
-  opening = {name: _open(spec, context) for name, spec in specs.items()}
+  opening = {
+      name: _open(folder, name, spec, context) for name, spec in specs.items()
+  }
   stores = {
       name: _result(folder, name, future) for name, future in opening.items()
   }
   # One large chunk at a time is kept, that of the array being read.
   kept = functools.lru_cache(maxsize=1)(
-      lambda name, size: _result(folder, name, _open(specs[name], ts.Context(
-          {'cache_pool': {'total_bytes_limit': size}}
-      )))
+      lambda name, size: _result(folder, name, _open(
+          folder, name, specs[name],
+          ts.Context({'cache_pool': {'total_bytes_limit': size}}),
+      ))
   )
   found = {}
   for name, store in stores.items():
     _check_sizes(folder, name, store)
+    _check_codec(folder, name, store)
     read = functools.partial(
         _read, folder, name, store, kept, functools.cache(functools.partial(
             _check_chunks, folder, name, store, is_whole
@@ -126,14 +142,11 @@ def spec(
 
 
 def _read_metadata(folder):
-  path = folder / METADATA
   try:
-    if path.stat().st_size > _LARGEST_METADATA:
-      raise ValueError(f'{path.stat().st_size:,} bytes')
-    said = json.loads(path.read_text())
+    said = json.loads(read_metadata(folder))
     if not isinstance(said['tree_metadata'], dict):
       raise ValueError('tree_metadata')
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise errors.UserError(
         f'{folder} has no {METADATA} of Orbax that can be read '
         f'({error!r:.100}): fetch it again.'
@@ -169,8 +182,11 @@ def _specs(folder, said: Mapping[str, Any]):
   return specs
 
 
-def _open(array_spec, context):
-  return ts.open(array_spec, read=True, open=True, context=context)
+def _open(folder, name, array_spec, context):
+  try:
+    return ts.open(array_spec, read=True, open=True, context=context)
+  except _FAILURES as error:
+    raise _damaged(folder, name, error) from error
 
 
 def _result(folder, name, future):
@@ -197,6 +213,21 @@ def _check_sizes(folder, name, store):
           f'of {tuple(chunk)}, which no checkpoint has: it is not to be '
           'trusted.'
       )
+
+
+def _check_codec(folder, name, store):
+  """Refuses the one codec that allocates whatever a chunk claims to hold.
+
+  The others give up where the chunk that was announced is full; 8 MB of blosc
+  took 2 GB, and ended the process where there were none. Orbax writes zstd,
+  and wrote gzip.
+  """
+  codec = store.codec
+  if codec is not None and 'blosc' in json.dumps(codec.to_json()):
+    raise errors.UserError(
+        f'{folder}: {name} is compressed by blosc, which Orbax does not use: '
+        'it is not to be trusted.'
+    )
 
 
 def _chunks(store):

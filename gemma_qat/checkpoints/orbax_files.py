@@ -25,6 +25,7 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import orbax_arrays
+from gemma_qat.checkpoints import regular_files
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
@@ -35,6 +36,11 @@ from gemma_qat.quant import lattice
 _VERSION = 1
 # Orbax writes this file last and renames the folder after it.
 _DONE = '_CHECKPOINT_METADATA'
+# In the folder of the manifest, as `ocp.handlers.JsonHandler` names it.
+_MANIFEST = 'data.json'
+# More than any model has; groups of them are one array.
+_MOST_LAYERS = 1_000
+_LARGEST_TOKENIZER = 2**26
 _NODE_PARTS = {'codes', 'master', 'scale'}
 # What has to be decoded to read any part of an array.
 _CHUNK_BYTES = 2**26
@@ -128,9 +134,8 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
   said = load_manifest(step)
   config, plan = _read_manifest(step, said)
   tokenizer = None
-  if (step / 'tokenizer').is_dir():
-    stored = _load(step, {'tokenizer': None})['tokenizer']
-    tokenizer = tokenizers.from_bytes(np.asarray(stored['bytes']).tobytes())
+  if (step / 'tokenizer').exists():
+    tokenizer = _read_tokenizer(step)
   student = orbax_arrays.open_tree(step / 'student')
   return checkpoints.Checkpoint(
       config=config,
@@ -143,8 +148,13 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
 
 
 def load_manifest(step: pathlib.Path) -> dict[str, Any]:
-  """Reads what `manifest` said, and what the loop added to it."""
-  return _load(step, {'manifest': None})['manifest']
+  """Reads what `manifest` said, and what the loop added to it.
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  # Not through Orbax, whose readers raise whatever a damaged file makes them.
+  return regular_files.read_json(step / 'manifest' / _MANIFEST)
 
 
 def load_tree(step: pathlib.Path, name: str) -> dict[str, Any]:
@@ -193,6 +203,19 @@ def _load(step, abstract):
     ) from error
 
 
+def _read_tokenizer(step):
+  stored = orbax_arrays.open_tree(step / 'tokenizer').get('bytes')
+  if (
+      stored is None or stored.dtype != np.uint8 or len(stored.shape) != 1
+      or stored.shape[0] > _LARGEST_TOKENIZER
+  ):
+    raise errors.UserError(
+        f'{step} is damaged, its tokenizer is not bytes: take another step.'
+    )
+  with errors.about(step):
+    return tokenizers.from_bytes(stored.read(()).tobytes())
+
+
 def _read_manifest(step, said):
   """Returns the sizes and {tree path: lattice.Entry}."""
   try:
@@ -201,14 +224,17 @@ def _read_manifest(step, said):
           f'{step} has manifest version {said["version"]}, this program reads '
           f'{_VERSION}: use the program that wrote it.'
       )
-    config = model_config.ModelConfig(**said['model'])
-    specs = model_weights.tree_specs(config)
-    plan = {
-        path: lattice.Entry(formats.get(name), mode, specs[path].contraction)
-        for path, (name, mode) in said['quant'].items()
-    }
+    with errors.about(step):
+      config = model_config.ModelConfig(**said['model'])
+      if config.num_layers > _MOST_LAYERS:
+        raise ValueError(f'{config.num_layers} layers')
+      specs = model_weights.tree_specs(config)
+      plan = {
+          path: _entry(name, mode, specs[path])
+          for path, (name, mode) in said['quant'].items()
+      }
     said['step'], said['run']
-  except (KeyError, TypeError, ValueError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise errors.UserError(
         f'{step} has a manifest that is not ours ({error!r}): take another '
         'checkpoint.'
@@ -216,9 +242,16 @@ def _read_manifest(step, said):
   return config, plan
 
 
+def _entry(name, mode, spec):
+  """Returns a line of the plan, which only matrices have."""
+  if mode not in lattice.MODES or not spec.contraction:
+    raise ValueError(mode)
+  return lattice.Entry(formats.get(name), mode, spec.contraction)
+
+
 def _weights(step, config, plan, student):
   """Cuts the tree into layers; nodes are quantized when they are read."""
-  nodes = _nodes(student)
+  nodes = _nodes(step, student)
   names.check_shapes(
       str(step),
       {p: s.shape for p, s in model_weights.tree_specs(config).items()},
@@ -241,16 +274,29 @@ def _weights(step, config, plan, student):
   return checkpoints.Weights(entries)
 
 
-def _nodes(student):
+def _nodes(step, student):
   """Returns {tree path: a lazy array or a dict of them}."""
-  nodes = {}
+  plain, nodes = {}, {}
   for path, array in student.items():
     weight, _, part = path.rpartition('/')
+    is_codes = part == 'codes'
+    if is_codes != (array.dtype == np.int8) or not (
+        is_codes or jnp.issubdtype(array.dtype, jnp.floating)
+    ):
+      raise errors.UserError(
+          f'{step} is damaged, {path} in its student has type {array.dtype}: '
+          'take another step.'
+      )
     if part in _NODE_PARTS:
       nodes.setdefault(weight, {})[part] = array
     else:
-      nodes[path] = array
-  return nodes
+      plain[path] = array
+  if twice := plain.keys() & nodes.keys():
+    raise errors.UserError(
+        f'{step} is damaged, its student has {min(twice)} as an array and as '
+        'several: take another step.'
+    )
+  return plain | nodes
 
 
 def _check_node(step, path, node, entry):

@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import regular_files
 
 MAGIC = 0x0A534253  # b'SBS\n'
 ALIGNMENT = 256
@@ -91,13 +92,8 @@ def read(path: str | os.PathLike) -> dict[str, Blob]:
   Raises:
     UserError: not such a file, damaged or truncated (says what is wrong).
   """
-  try:
-    with open(path, 'rb') as f:
-      return _read_directory(path, f)
-  except OSError as error:
-    raise errors.UserError(
-        f'{path} cannot be read ({error.strerror or error}).'
-    ) from error
+  with regular_files.opened(path) as f:
+    return _read_directory(path, f)
 
 
 def chunks(path: str | os.PathLike, blob: Blob) -> Iterator[np.ndarray]:
@@ -106,19 +102,14 @@ def chunks(path: str | os.PathLike, blob: Blob) -> Iterator[np.ndarray]:
   Raises:
     UserError: the file ends early or cannot be read.
   """
-  try:
-    with open(path, 'rb') as f:
-      f.seek(blob.offset)
-      for start in range(0, blob.num_bytes, _CHUNK):
-        count = min(_CHUNK, blob.num_bytes - start)
-        data = f.read(count)
-        if len(data) != count:
-          raise _damaged(path, 'it ends within a blob')
-        yield np.frombuffer(data, np.uint8)
-  except OSError as error:
-    raise errors.UserError(
-        f'{path} cannot be read ({error.strerror or error}).'
-    ) from error
+  with regular_files.opened(path) as f:
+    f.seek(blob.offset)
+    for start in range(0, blob.num_bytes, _CHUNK):
+      count = min(_CHUNK, blob.num_bytes - start)
+      data = f.read(count)
+      if len(data) != count:
+        raise _damaged(path, 'it ends within a blob')
+      yield np.frombuffer(data, np.uint8)
 
 
 def read_bytes(path: str | os.PathLike, blob: Blob) -> bytes:

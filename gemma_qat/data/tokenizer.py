@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import numbers
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ from gemma_qat.data import vocabulary
 
 _IDS = ('bos_id', 'eos_id', 'pad_id', 'unk_id')
 _MAGIC = b'gemma-qat tokenizer 1\n'
+# Gemma's has 12 MB of JSON; zlib could make a thousand times as much of a file.
+_LARGEST_JSON = 2**26
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,12 +170,12 @@ def from_pieces(
   turn = '<end_of_turn>'
   return Tokenizer(
       pieces=pieces,
-      scores=np.array(scores, np.float32),
-      types=np.array(types, np.int32),
-      bos_id=int(bos_id),
-      eos_id=int(eos_id),
-      pad_id=int(pad_id),
-      unk_id=int(unk_id),
+      scores=_numbers(scores, np.float32),
+      types=_numbers(types, np.int32),
+      bos_id=bos_id,
+      eos_id=eos_id,
+      pad_id=pad_id,
+      unk_id=unk_id,
       end_of_turn_id=pieces.index(turn) if turn in pieces else None,
       chat_template=chat_template,
   )
@@ -197,12 +200,18 @@ def from_bytes(data: bytes) -> Tokenizer:
   try:
     if not data.startswith(_MAGIC):
       raise ValueError('no magic line')
-    fields = json.loads(zlib.decompress(data[len(_MAGIC) :]))
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(data[len(_MAGIC) :], _LARGEST_JSON)
+    if not unpacker.eof:
+      raise ValueError('cut off or too large')
+    fields = json.loads(text)
     fields['pieces'] = tuple(fields['pieces'])
-    fields['scores'] = np.array(fields['scores'], np.float32)
-    fields['types'] = np.array(fields['types'], np.int32)
+    fields['scores'] = _numbers(fields['scores'], np.float32)
+    fields['types'] = _numbers(fields['types'], np.int32)
     return Tokenizer(**fields)
-  except (ValueError, TypeError, KeyError, zlib.error) as error:
+  except (
+      ValueError, TypeError, KeyError, RecursionError, zlib.error
+  ) as error:
     raise errors.UserError(
         f'The stored tokenizer ({len(data)} bytes) is damaged or of another '
         f'version ({error}): restore it from the original checkpoint.'
@@ -232,12 +241,49 @@ def _without_surrogates(text: str) -> str:
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
+def _numbers(values, dtype) -> np.ndarray:
+  """Makes an array of what a file says, which may be anything."""
+  try:
+    with np.errstate(over='ignore', invalid='ignore'):
+      return np.array(values, dtype)
+  except (ValueError, TypeError, OverflowError) as error:
+    raise errors.UserError(
+        'The tokenizer has scores or types that are no numbers: the file is '
+        'damaged.'
+    ) from error
+
+
 def _check(tokenizer: Tokenizer) -> None:
   size = len(tokenizer.pieces)
+  if size > vocabulary.MOST_PIECES:
+    raise errors.UserError(
+        f'The tokenizer has {size:,} pieces, more than any: the file is '
+        'damaged.'
+    )
+  texts = list(tokenizer.pieces)
+  if tokenizer.chat_template is not None:
+    texts.append(tokenizer.chat_template)
+  if not all(isinstance(text, str) for text in texts):
+    raise errors.UserError(
+        'The tokenizer has a piece or chat template that is no text: the file '
+        'is damaged.'
+    )
+  try:
+    ''.join(texts).encode()
+  except UnicodeEncodeError as error:
+    raise errors.UserError(
+        'The tokenizer has a piece or chat template that is no Unicode '
+        f'({error.reason}): the file is damaged.'
+    ) from error
   if tokenizer.scores.shape != (size,) or tokenizer.types.shape != (size,):
     raise errors.UserError(
         f'The tokenizer has {size} pieces, but {tokenizer.scores.size} scores '
         f'and {tokenizer.types.size} types: the file is damaged.'
+    )
+  if not np.isfinite(tokenizer.scores).all():
+    raise errors.UserError(
+        'The tokenizer has scores that are NaN or infinite: the file is '
+        'damaged.'
     )
   if len(set(tokenizer.pieces)) != size:
     raise errors.UserError(
@@ -249,9 +295,13 @@ def _check(tokenizer: Tokenizer) -> None:
         f'The tokenizer has a piece of type {min(wrong)}, but types are 1 to '
         '6: the file is damaged.'
     )
-  for name in _IDS:
-    if not 0 <= getattr(tokenizer, name) < size:
+  ids = {name: getattr(tokenizer, name) for name in _IDS}
+  if tokenizer.end_of_turn_id is not None:
+    ids['end_of_turn_id'] = tokenizer.end_of_turn_id
+  for name, i in ids.items():
+    is_whole = isinstance(i, numbers.Integral) and not isinstance(i, bool)
+    if not is_whole or not 0 <= i < size:
       raise errors.UserError(
-          f'The tokenizer has {name} = {getattr(tokenizer, name)}, which is '
-          f'outside its {size} pieces: give a Gemma tokenizer.'
+          f'The tokenizer has {name} = {i!r:.60}, which is outside its {size} '
+          'pieces: give a Gemma tokenizer.'
       )

@@ -14,6 +14,9 @@ from gemma_qat import errors
 # same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
+# Gemma has 262,144. A damaged file may claim as many as it has pairs of bytes.
+MOST_PIECES = 2**20
+
 _SPACE = '\u2581'
 
 # Gemma's tokenizer.model calls these USER_DEFINED (<unk>: UNKNOWN); a correct
@@ -86,7 +89,13 @@ def read_proto(
   """
   try:
     proto = sentencepiece_model_pb2.ModelProto.FromString(data)
-  except message.DecodeError as error:
+    if len(proto.pieces) > MOST_PIECES:
+      raise ValueError('too many pieces')
+    texts = [p.piece for p in proto.pieces]
+    # protobuf raises, or gives bytes, where a text is not UTF-8.
+    if not all(isinstance(text, str) for text in texts):
+      raise ValueError('a piece is no text')
+  except (message.DecodeError, ValueError) as error:
     raise errors.UserError(
         f'The tokenizer ({len(data)} bytes) is not a SentencePiece model: '
         'give the tokenizer.model of the checkpoint.'
@@ -107,13 +116,13 @@ def read_proto(
         'characters), which Gemma does not: give a Gemma tokenizer.model.'
     )
   pieces, types = [], []
-  for p in proto.pieces:
+  for p, text in zip(proto.pieces, texts):
     is_control = p.type in (USER_DEFINED, UNKNOWN) and (
-        _CONTROL_PIECE.fullmatch(p.piece)
+        _CONTROL_PIECE.fullmatch(text)
     )
     kind = CONTROL if is_control else p.type
     is_plain = kind == USER_DEFINED
-    pieces.append(p.piece.replace(_SPACE, ' ') if is_plain else p.piece)
+    pieces.append(text.replace(_SPACE, ' ') if is_plain else text)
     types.append(kind)
   ids = {
       name: getattr(trainer, name)

@@ -2,8 +2,39 @@
 
 import dataclasses
 import math
+import numbers
+from typing import Any
 
 from gemma_qat import errors
+
+
+# No size of a model is as large.
+_LARGEST = 2**40
+
+
+def check_sizes(config: Any) -> None:
+  """Raises a UserError unless every number of a config can be a size.
+
+  Whole ones are 1 to 2^40, others positive and finite: so that no arithmetic
+  overflows, whatever a file says. Who loops over layers compares their number
+  with the file first.
+  """
+  for field in dataclasses.fields(config):
+    value, kind = getattr(config, field.name), field.type
+    if kind is str:
+      is_good, expected = isinstance(value, str), 'a text'
+    elif kind is int:
+      is_good = _is_number(value, numbers.Integral) and 1 <= value <= _LARGEST
+      expected = f'a whole number from 1 to {_LARGEST:,}'
+    else:
+      # Every float that a float32 can be is below.
+      is_good = _is_number(value, numbers.Real) and 0 < value < 1e39
+      expected = 'a positive number'
+    if not is_good:
+      raise errors.UserError(
+          f'The model has {field.name} {value!r:.100}, expected {expected}: '
+          'check its config.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +44,9 @@ class ModelConfig:
   Axis letters as in `layers.py`: D width, N query heads, K key/value heads,
   H head width, F MLP width, V vocabulary.
 
-  Invariants: N is a multiple of K; every layer i with (i + 1) % `pattern` == 0
-  attends globally, the others see the last `sliding_window` tokens.
+  Invariants: `check_sizes` holds; N is a multiple of K; every layer i with
+  (i + 1) % `pattern` == 0 attends globally, the others see the last
+  `sliding_window` tokens.
   """
 
   variant: str
@@ -37,6 +69,7 @@ class ModelConfig:
   pattern: int = 6
 
   def __post_init__(self):
+    check_sizes(self)
     if self.num_heads % self.num_kv_heads:
       raise errors.UserError(
           f'{self.num_heads} query heads cannot share {self.num_kv_heads} '
@@ -64,6 +97,10 @@ class ModelConfig:
 
   def is_global(self, layer: int) -> bool:
     return (layer + 1) % self.pattern == 0
+
+
+def _is_number(value, kind):
+  return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _gemma3(variant, layers, d, f, n, k, h, window, context, **rest):

@@ -9,6 +9,7 @@ as [inputs, outputs].
 import dataclasses
 
 from gemma_qat import errors
+from gemma_qat.model import config
 from gemma_qat.model import weights
 
 
@@ -24,7 +25,8 @@ class VisionConfig:
     norm_epsilon: of the tower's layer norms.
     text_dim: width of the text model that the projector leads to.
 
-  Invariants: image_size is a multiple of patch_size, width of num_heads.
+  Invariants: `config.check_sizes` holds; image_size is a multiple of
+  patch_size, width of num_heads.
   """
 
   text_dim: int
@@ -38,6 +40,7 @@ class VisionConfig:
   norm_epsilon: float = 1e-6
 
   def __post_init__(self):
+    config.check_sizes(self)
     if self.image_size % self.patch_size or self.width % self.num_heads:
       raise errors.UserError(
           f'A vision tower of {self.image_size} pixels in patches of '

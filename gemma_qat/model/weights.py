@@ -12,6 +12,7 @@ Two views of the same weights:
 """
 
 import dataclasses
+import math
 from typing import Any, Mapping
 
 from flax import traverse_util
@@ -39,7 +40,7 @@ class WeightSpec:
   @property
   def row_length(self) -> int:
     """Number of inputs of one output: the axis that blocks divide."""
-    return int(np.prod(self.shape[len(self.shape) - self.contraction :]))
+    return math.prod(self.shape[len(self.shape) - self.contraction :])
 
 
 def layer_specs(c: model_config.ModelConfig) -> dict[str, WeightSpec]:
