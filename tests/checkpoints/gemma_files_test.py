@@ -94,7 +94,7 @@ def test_orbax_reads_the_keys_and_axes_of_google(saved, seeing, tree):
   kernel = tree[f'{TOWER}/embedding']['kernel']
   assert kernel.shape == (14, 14, 3, 32)  # rows, columns, colours, outputs
   assert kernel[3, 5, 1, 7] == v['patches/kernel'][7, 1, 3, 5]
-  assert tree[TOWER]['pos_embedding'].shape == (1, 16, 32)
+  assert tree[TOWER]['pos_embedding'].shape == (1, 64, 32)
   assert tree[TOWER]['pos_embedding'].dtype == ml_dtypes.bfloat16
 
 
