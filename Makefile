@@ -1,10 +1,15 @@
 # make qat: set up and run the main job. make test: set up and test.
+# make consumers: install llama.cpp, transformers, mlx-lm and gemma, each in an
+# environment of its own, and check that they read what is exported.
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/270m
 CONFIG ?= experiments/configs/gemma3_270m_cpu.py
+# Where the consumers' environments go; more flags of check.py, such as --only=.
+CONSUMERS ?= .venv-consumers
+CHECK ?=
 
-.PHONY: qat test lint clean
+.PHONY: qat test lint consumers clean
 
 qat: $(VENV)/.installed
 	$(VENV)/bin/gemma-qat run --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -14,6 +19,33 @@ test: $(VENV)/.installed-test lint
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/lint-imports
+
+consumers: $(VENV)/.installed $(CONSUMERS)/llama.cpp-source/.installed \
+    $(foreach c,llama.cpp transformers mlx gemma,$(CONSUMERS)/$(c)/.installed)
+	$(VENV)/bin/python experiments/consumers/check.py \
+	    --venvs=$(CONSUMERS) $(CHECK)
+
+# Without GGML_NATIVE=OFF, quantized models die of illegal instructions on some
+# virtual machines. llama.cpp takes about 9 minutes to build, once.
+$(CONSUMERS)/%/.installed: export CMAKE_ARGS = -G Ninja \
+    -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF \
+    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+    -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+$(CONSUMERS)/%/.installed: experiments/consumers/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -r $<
+	touch $@
+
+# Holds convert_hf_to_gguf.py, which no wheel has.
+SOURCE = llama_cpp_python-0.3.36
+$(CONSUMERS)/llama.cpp-source/.installed:
+	mkdir -p $(@D)
+	$(PYTHON) -m pip download -q --no-deps --no-binary :all: -d $(@D) \
+	    llama-cpp-python==0.3.36
+	tar -xzf $(@D)/$(SOURCE).tar.gz -C $(@D) --strip-components=3 \
+	    $(SOURCE)/vendor/llama.cpp
+	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,4 +59,4 @@ $(VENV)/.installed-test: setup.cfg constraints.txt | $(VENV)/bin/python
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CONSUMERS)

@@ -1,10 +1,7 @@
 """Does Google's own library read what was exported, and compute the same?
 
 Runs with the library's Python, not ours. `gemma` 3.3.0 needs older companions
-than pip finds for it; these work together on Python 3.11:
-
-  pip install gemma==3.3.0 kauldron==1.3.0 jax==0.8.2 flax==0.12.2 \
-      orbax-checkpoint==0.12.8 typeguard==4.4.4 sentencepiece==0.2.0
+than pip finds for it: requirements/gemma.txt has some that work together.
 
 Run by that Python; nothing of gemma_qat is imported:
 

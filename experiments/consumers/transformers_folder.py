@@ -5,7 +5,8 @@ compressed-tensors and accelerate; nothing of gemma_qat is imported:
 
     python transformers_folder.py FOLDER --tokens tokens.npy --out logits.npy
 
-tokens.npy: int32 [L]; logits.npy: float32 [L, V].
+FOLDER may be a GGUF file (which wants the package gguf too). tokens.npy:
+int32 [L]; logits.npy: float32 [L, V].
 """
 
 import argparse
@@ -25,11 +26,16 @@ def main():
   parser.add_argument('--dtype', default='float32', help='or bfloat16, auto')
   parser.add_argument('--text', default='The  value\n\n  of <b>x</b>: \u00e9')
   arguments = parser.parse_args()
-  config = json.loads((arguments.folder / 'config.json').read_text())
+  folder, config, options = arguments.folder, {}, {}
+  if folder.is_file():
+    folder, options = folder.parent, {'gguf_file': folder.name}
+    model_class = transformers.AutoModelForCausalLM
+  else:
+    config = json.loads((folder / 'config.json').read_text())
+    model_class = getattr(transformers, config['architectures'][0])
   dtype = arguments.dtype
-  model_class = getattr(transformers, config['architectures'][0])
   model, info = model_class.from_pretrained(
-      arguments.folder, output_loading_info=True,
+      folder, output_loading_info=True, **options,
       dtype=dtype if dtype == 'auto' else getattr(torch, dtype),
   )
   print(f'{type(model).__name__}, {model.dtype}')
@@ -40,7 +46,7 @@ def main():
       if n.endswith('weight_scale')
   }
   print(f'scales in memory: {sorted(scales)}')
-  print_readers(arguments, 'vision_config' in config)
+  print_readers(folder, options, arguments.text, 'vision_config' in config)
   if arguments.tokens:
     tokens = torch.from_numpy(np.load(arguments.tokens).astype(np.int64))
     with torch.no_grad():
@@ -51,13 +57,13 @@ def main():
       np.save(arguments.out, logits)
 
 
-def print_readers(arguments, with_images):
+def print_readers(folder, options, text, with_images):
   """Says what tokenizer and processor make of a text."""
-  tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.folder)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
   print(f'{type(tokenizer).__name__}: {len(tokenizer)} tokens, '
-        f'{tokenizer(arguments.text)["input_ids"]}')
+        f'{tokenizer(text)["input_ids"]}')
   if with_images:
-    processor = transformers.AutoProcessor.from_pretrained(arguments.folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     print(f'{type(processor).__name__}, '
           f'{type(processor.image_processor).__name__}, '
           f'{processor.image_seq_length} soft tokens, size '

@@ -92,7 +92,9 @@ def save(
   """
   if not isinstance(weights, checkpoints.Weights):
     weights = checkpoints.from_arrays(weights)
-  planned = {p.tensor: p for p in gguf_tensors.plan(config, weights, float_type)}
+  planned = {
+      p.tensor: p for p in gguf_tensors.plan(config, weights, float_type)
+  }
 
   def pieces(tensor):
     p = planned[tensor]
@@ -142,6 +144,11 @@ def _add_metadata(writer, config, plan, tokenizer, metadata):
 def _add_value(writer, key, value):
   if isinstance(value, bool):
     writer.add_bool(key, value)
+  elif key.startswith('general.sampling.') and isinstance(value, int):
+    # In the types that llama.cpp's converter gives these.
+    writer.add_int32(key, value)
+  elif key.startswith('general.sampling.') and isinstance(value, float):
+    writer.add_float32(key, value)
   elif isinstance(value, int):
     writer.add_int64(key, value)
   elif isinstance(value, float):

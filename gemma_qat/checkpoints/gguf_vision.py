@@ -163,7 +163,10 @@ def save(
 
 
 def _encode(name, tensor, piece):
-  exact = np.asarray(piece).astype(np.float64) + (name == _NORM)
+  exact = np.asarray(piece).astype(np.float64)
+  if name == _NORM:
+    # Nothing is added elsewhere, not even 0: of -0 it would make 0.
+    exact += 1
   with np.errstate(over='ignore'):
     values = exact.astype(np.float32).astype(_DTYPES[tensor.type.name])
   rules.check_finite(f'{name} ({tensor.name}) as {tensor.type.name}', values)

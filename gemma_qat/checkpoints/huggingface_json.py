@@ -4,6 +4,7 @@ Contents as the published Gemma 3 folders have them.
 """
 
 import dataclasses
+import json
 from typing import Any
 
 from gemma_qat.checkpoints import checkpoint as checkpoints
@@ -14,6 +15,11 @@ from gemma_qat.checkpoints import tokenizer_out
 
 _IMAGE_FILES = ('preprocessor_config.json', 'processor_config.json')
 _GENERATION = 'generation_config.json'
+# As generation_config.json calls them -> as GGUF does.
+_SAMPLING = {
+    'top_k': 'top_k', 'top_p': 'top_p', 'min_p': 'min_p',
+    'temperature': 'temp', 'repetition_penalty': 'penalty_repeat',
+}
 
 
 def padding_rows(checkpoint: checkpoints.Checkpoint) -> int:
@@ -111,6 +117,25 @@ def beside(checkpoint: checkpoints.Checkpoint) -> dict[str, dict[str, Any]]:
         'processor_class': 'Gemma3Processor',
     }
   return files
+
+
+def sampling(checkpoint: checkpoints.Checkpoint) -> dict[str, int | float]:
+  """Returns how generation_config.json wants tokens drawn, by GGUF's keys.
+
+  What cannot be read there, or is no number, is left out.
+  """
+  said = beside(checkpoint).get(_GENERATION, {})
+  if _GENERATION in checkpoint.extras:
+    try:
+      said = json.loads(checkpoint.extras[_GENERATION])
+    except ValueError:
+      said = {}
+  if not isinstance(said, dict):
+    return {}
+  return {
+      f'general.sampling.{key}': said[name] for name, key in _SAMPLING.items()
+      if type(said.get(name)) in (int, float)
+  }
 
 
 def verbatim(checkpoint: checkpoints.Checkpoint) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from gemma_qat.checkpoints import gemma_cpp_files
 from gemma_qat.checkpoints import gemma_files
 from gemma_qat.checkpoints import gguf_files
 from gemma_qat.checkpoints import gguf_vision
+from gemma_qat.checkpoints import huggingface_json
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import mlx_files
 from gemma_qat.checkpoints import ollama
@@ -145,9 +146,13 @@ def save_gguf(
       n: _GGUF_FLOATS[prepare.float_type(e)]
       for n, e in checkpoint.weights.entries.items()
   }
-  metadata = {
-      k: v for k, v in checkpoint.metadata.items() if k.startswith('general.')
-  } if checkpoint.layout == 'gguf' else {}
+  # llama.cpp draws tokens as the file says, unless it is told otherwise.
+  metadata = huggingface_json.sampling(checkpoint)
+  if checkpoint.layout == 'gguf':
+    metadata |= {
+        k: v for k, v in checkpoint.metadata.items()
+        if k.startswith('general.')
+    }
   return gguf_files.save(
       path, checkpoint.config, checkpoint.weights, checkpoint.tokenizer,
       metadata, {**kept, **float_types}, on_piece,

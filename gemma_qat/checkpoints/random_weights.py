@@ -1,5 +1,6 @@
 """Which model stands in where no checkpoint is at hand?"""
 
+import dataclasses
 import functools
 import zlib
 
@@ -49,31 +50,50 @@ def load(name: str) -> checkpoints.Checkpoint:
     )
   config = model_config.variant(variant)
   is_tiny = variant == 'tiny'
-  draw = functools.partial(_draw, int(seed or 0))
+  checkpoint = make(
+      config, _tower(config, is_tiny) if plus else None,
+      tokenizers.tiny_tokenizer(config.vocab_size) if is_tiny else None,
+      int(seed or 0),
+  )
+  return dataclasses.replace(checkpoint, source=name)
+
+
+def make(
+    config: model_config.ModelConfig,
+    vision: vision_config.VisionConfig | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    seed: int = 0,
+) -> checkpoints.Checkpoint:
+  """Makes a checkpoint of any sizes; see `load`.
+
+  Args:
+    config: of the text model.
+    vision: of a tower, None for none.
+    tokenizer: of as many tokens as `config` has, or None.
+    seed: another one gives other weights.
+  """
+  draw = functools.partial(_draw, seed)
+  tower = vision and checkpoints.Vision(
+      vision, _weights(vision_config.specs(vision), ml_dtypes.bfloat16, draw)
+  )
   return checkpoints.Checkpoint(
       config=config,
       weights=_weights(model_weights.by_layer_specs(config), np.float32, draw),
-      tokenizer=(
-          tokenizers.tiny_tokenizer(config.vocab_size) if is_tiny else None
-      ),
-      metadata={'seed': int(seed or 0)},
-      source=name,
+      tokenizer=tokenizer,
+      metadata={'seed': seed},
+      source=f'{_PREFIX}{config.variant}',
       layout='random',
-      vision=_vision(config, is_tiny, draw) if plus else None,
+      vision=tower,
   )
 
 
-def _vision(config, is_tiny, draw):
-  sizes = vision_config.VisionConfig(text_dim=config.embed_dim)
-  if is_tiny:
-    # As odd as the real one: an MLP width that no block of 32 divides.
-    sizes = vision_config.VisionConfig(
-        text_dim=config.embed_dim, image_size=112, width=32, mlp_dim=72,
-        num_layers=2, num_heads=2, tokens_per_image=4,
-    )
-  specs = vision_config.specs(sizes)
-  return checkpoints.Vision(
-      sizes, _weights(specs, ml_dtypes.bfloat16, draw)
+def _tower(config, is_tiny):
+  if not is_tiny:
+    return vision_config.VisionConfig(text_dim=config.embed_dim)
+  # As odd as the real one: an MLP width that no block of 32 divides.
+  return vision_config.VisionConfig(
+      text_dim=config.embed_dim, image_size=112, width=32, mlp_dim=72,
+      num_layers=2, num_heads=2, tokens_per_image=4,
   )
 
 

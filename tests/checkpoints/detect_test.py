@@ -1,5 +1,6 @@
 """Whatever a user names is opened by the right reader or refused clearly."""
 
+import dataclasses
 import pathlib
 import pickle
 import sys
@@ -14,6 +15,8 @@ from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import gguf_files
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import orbax_files
+from gemma_qat.checkpoints import random_weights
+from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
 
 
@@ -51,6 +54,15 @@ def test_random_weights_are_the_same_each_time_and_differ_by_seed():
   assert np.any(first.weights[name] != first.weights['layer_1/attn_q'])
   spread = first.weights['layer_0/mlp_down'].std() * np.sqrt(128)
   assert abs(spread - 1) < 0.05
+
+
+def test_random_weights_of_other_sizes_are_made_alike():
+  config = dataclasses.replace(model_config.variant('tiny'), num_layers=1)
+  made = random_weights.make(config, seed=7)
+  again = detect.load('random:tiny:7').weights
+  for name, weight in made.weights.items():
+    np.testing.assert_array_equal(weight, again[name], err_msg=name)
+  assert made.vision is None and made.config.num_layers == 1
 
 
 def test_large_random_models_are_described_without_drawing_them():

@@ -35,6 +35,15 @@ def test_bfloat16_towers_come_back_exactly(tower, tmp_path, float_type):
     )
 
 
+def test_a_negative_zero_stays_one(tower, tmp_path):
+  weights = {n: np.array(w) for n, w in tower.weights.items()}
+  weights['layer_0/mlp_up/kernel'][0, 0] = -0.0
+  odd = tower._replace(weights=checkpoints.from_arrays(weights))
+  gguf_vision.save(tmp_path / 'x.gguf', odd, 'x')
+  loaded = gguf_vision.load(tmp_path / 'x.gguf').weights
+  assert np.signbit(loaded['layer_0/mlp_up/kernel'][0, 0])
+
+
 def test_float16_says_how_far_it_rounds(tower, tmp_path):
   weights = {n: np.array(w) for n, w in tower.weights.items()}
   # Below the smallest float16.

@@ -164,3 +164,28 @@ def test_a_gguf_without_a_tokenizer_is_refused(tmp_path, capsys):
       'convert', '--from=random:270m', f'--to={tmp_path}/x.gguf'
   ]) == 2
   assert 'no tokenizer' in capsys.readouterr().err
+
+
+def test_a_model_of_turns_says_in_its_gguf_how_tokens_are_drawn(tmp_path):
+  folder = _convert(
+      'random:tiny', tmp_path / 'hf', '--layout=huggingface',
+      '--chat_template=gemma',
+  )
+  said = detect.load(_convert(folder, tmp_path / 'a.gguf')).metadata
+  assert said['general.sampling.top_k'] == 64
+  assert said['general.sampling.top_p'] == pytest.approx(0.95)
+  # A folder that says something else of itself is believed.
+  settings = {'top_k': 7, 'temperature': 0.5, 'top_p': 'high', 'min_p': None}
+  (folder / 'generation_config.json').write_text(json.dumps(settings))
+  file = _convert(folder, tmp_path / 'b.gguf')
+  again = _convert(file, tmp_path / 'c.gguf', '--format=q8_0')
+  for path in (file, again):
+    said = detect.load(path).metadata
+    assert {k: v for k, v in said.items() if '.sampling.' in k} == {
+        'general.sampling.top_k': 7, 'general.sampling.temp': 0.5,
+    }
+
+
+def test_a_model_without_turns_says_nothing_of_drawing(tmp_path):
+  said = detect.load(_convert('random:tiny', tmp_path / 'a.gguf')).metadata
+  assert not [key for key in said if '.sampling.' in key]

