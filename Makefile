@@ -15,7 +15,7 @@ qat: $(VENV)/.installed
 	$(VENV)/bin/gemma-qat run --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-test lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/lint-imports

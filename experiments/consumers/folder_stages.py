@@ -73,19 +73,21 @@ def vllm(session: sessions.Session, record: sessions.Record) -> None:
 
 def mlx(session: sessions.Session, record: sessions.Record) -> None:
   """Codes and scales as MLX's affine groups."""
+  tool = session.version('mlx', 'mlx-lm', 'mlx')
   model = session.quantized()
   folder = session.convert(model, 'mlx-folder', '--layout=mlx')
-  _logits(session, record, 'mlx', session.version('mlx', 'mlx-lm', 'mlx'),
+  _logits(session, record, 'mlx', tool,
           'MLX, 4 bits, scales auto', folder, model, True, 'mlx_folder.py',
           rounded=True)
 
 
 def gemma(session: sessions.Session, record: sessions.Record) -> None:
   """Google's own library on the Orbax layout."""
+  tool = session.version('gemma', 'gemma', 'jax')
   folder = session.convert(
       'gemma3-270m', 'orbax', '--layout=orbax', '--format=bf16'
   )
-  _logits(session, record, 'gemma', session.version('gemma', 'gemma', 'jax'),
+  _logits(session, record, 'gemma', tool,
           'Orbax bf16', folder, session.folder(), True, 'gemma_library.py')
 
 

@@ -147,12 +147,9 @@ def save_gguf(
       for n, e in checkpoint.weights.entries.items()
   }
   # llama.cpp draws tokens as the file says, unless it is told otherwise.
-  metadata = huggingface_json.sampling(checkpoint)
-  if checkpoint.layout == 'gguf':
-    metadata |= {
-        k: v for k, v in checkpoint.metadata.items()
-        if k.startswith('general.')
-    }
+  metadata = {
+      k: v for k, v in checkpoint.metadata.items() if k.startswith('general.')
+  } if checkpoint.layout == 'gguf' else huggingface_json.sampling(checkpoint)
   return gguf_files.save(
       path, checkpoint.config, checkpoint.weights, checkpoint.tokenizer,
       metadata, {**kept, **float_types}, on_piece,
