@@ -6,9 +6,11 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.quant import lattice
@@ -19,6 +21,20 @@ from gemma_qat.training import saving
 from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
 from gemma_qat.training import student as student_lib
+
+
+class Program(NamedTuple):
+  """The compiled functions of a run.
+
+  step(state, settled, teacher, batch) -> (state, metrics), the state donated;
+  score(trained, settled, teacher, batch) -> mean KL in nats; schedule(step) ->
+  learning rate; optimizer: what `step` applies.
+  """
+
+  step: Callable[..., Any]
+  score: Callable[..., jax.Array]
+  schedule: Callable[[int], Any]
+  optimizer: optax.GradientTransformation
 
 
 class Job(NamedTuple):
@@ -32,9 +48,41 @@ class Job(NamedTuple):
   frozen: dict[str, Any]
   settled: dict[str, Any]
   teacher: dict[str, Any]
-  step: Callable[..., Any]
-  score: Callable[..., jax.Array]
-  schedule: Callable[[int], Any]
+  program: Program
+
+
+def make_program(
+    s: settings.Settings,
+    config: model_config.ModelConfig,
+    plan: Mapping[str, Any],
+    groups: Mapping[str, str],
+) -> Program:
+  """Builds the functions of a run; nothing is compiled or allocated yet.
+
+  Args:
+    s: the settings.
+    config: the sizes.
+    plan: from `student.settle`: what the step sees.
+    groups: from `student.groups`.
+  """
+  optimizer = optimizer_lib.make_optimizer(s.optimizer, s.train.steps, groups)
+  loss = step_lib.make_loss(
+      settings.make_model(config, s.compute, lattice.make_intercept(plan)),
+      settings.make_model(config, s.compute, transformer.identity),
+      s.compute.kl_block,
+      train_head=any(p.split('/')[0] == 'embedding' for p in groups),
+  )
+  score = lambda trained, settled, teacher, batch: loss(
+      student_lib.join(trained, settled), teacher, batch
+  )
+  return Program(
+      step=jax.jit(
+          step_lib.make_step(loss, optimizer, groups), donate_argnums=0
+      ),
+      score=jax.jit(score),
+      schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
+      optimizer=optimizer,
+  )
 
 
 def prepare(
@@ -55,36 +103,76 @@ def prepare(
     plan: from `student.make_plan`.
     student: tree of step 0 or of a checkpoint.
   """
+  config = base.config
   groups = student_lib.groups(student, s.train.rules)
   trained, frozen = student_lib.split(student, groups)
-  optimizer = optimizer_lib.make_optimizer(s.optimizer, s.train.steps, groups)
-  trained = _place(mesh, base.config, trained)
-  state = _place_like(
-      mesh, step_lib.init_state(trained, optimizer), trained
-  )
   settled, step_plan = student_lib.settle(frozen, plan)
-  settled = _place(mesh, base.config, _for_products(settled, base, s.compute))
-  loss = step_lib.make_loss(
-      settings.make_model(
-          base.config, s.compute, lattice.make_intercept(step_plan)
-      ),
-      settings.make_model(base.config, s.compute, transformer.identity),
-      s.compute.kl_block,
-      train_head=any(p.split('/')[0] == 'embedding' for p in trained),
-  )
-  score = lambda trained, settled, teacher, batch: loss(
-      student_lib.join(trained, settled), teacher, batch
-  )
+  program = make_program(s, config, step_plan, groups)
+  trained = _place(mesh, config, trained)
+  state = step_lib.init_state(trained, program.optimizer)
+  teacher = teacher_of(config, traverse_util.flatten_dict(params, sep='/'),
+                       s.compute)
   return Job(
-      state=state,
+      state=jax.device_put(state, state_shardings(mesh, state, trained)),
       frozen=frozen,
-      settled=settled,
-      teacher=_teacher(mesh, base, params, s.compute),
-      step=jax.jit(
-          step_lib.make_step(loss, optimizer, groups), donate_argnums=0
+      settled=_place(mesh, config, for_products(config, settled, s.compute)),
+      teacher=student_lib.join({}, _place(mesh, config, teacher)),
+      program=program,
+  )
+
+
+def abstract(
+    s: settings.Settings,
+    mesh: jax.sharding.Mesh,
+    config: model_config.ModelConfig,
+):
+  """Describes a run's step without any array: to compile it ahead of time.
+
+  Args:
+    s: the settings.
+    mesh: of devices, or of a description of devices.
+    config: the sizes.
+
+  Returns:
+    (Program, arguments of its step as ShapeDtypeStructs with shardings).
+
+  Raises:
+    UserError: rules or mesh do not fit the model.
+  """
+  plan = student_lib.make_plan(config, s.quant)
+  student_lib.check_start(plan, s.quant.start)
+  student = student_lib.abstract_student(config, plan)
+  groups = student_lib.groups(student, s.train.rules)
+  trained, frozen = student_lib.split(student, groups)
+  # The plan that the step sees has no arrays in it: only paths decide.
+  _, step_plan = student_lib.settle({p: None for p in frozen}, plan,
+                                    dequantize=lambda *node: None)
+  settled = jax.eval_shape(
+      lambda leaves: for_products(
+          config, student_lib.settle(leaves, plan)[0], s.compute
       ),
-      score=jax.jit(score),
-      schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
+      frozen,
+  )
+  program = make_program(s, config, step_plan, groups)
+  teacher = jax.eval_shape(
+      lambda leaves: teacher_of(config, leaves, s.compute),
+      student_lib.abstract_flat(config),
+  )
+  where = lambda flat: student_lib.shardings(mesh, config, flat)
+  trained = _described(trained, where(trained))
+  state = jax.eval_shape(
+      lambda leaves: step_lib.init_state(leaves, program.optimizer), trained
+  )
+  shape = (s.train.batch_size, s.train.length)
+  rows = sharding.named(mesh, ('batch', None))
+  return program, (
+      _described(state, state_shardings(mesh, state, trained)),
+      _described(settled, where(settled)),
+      student_lib.join({}, _described(teacher, where(teacher))),
+      {
+          'tokens': jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+          'mask': jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows),
+      },
   )
 
 
@@ -129,23 +217,19 @@ def resume(job: Job, step: int, leaves: Mapping[str, np.ndarray]) -> Job:
   )
 
 
-def _teacher(mesh, base, params, compute):
+def teacher_of(config, flat, compute):
   """The non-quantized checkpoint in bfloat16, as the products take it."""
-  specs = weights.tree_specs(base.config)
-  flat = traverse_util.flatten_dict(params, sep='/')
-  cast = {
+  specs = weights.tree_specs(config)
+  return {
       path: x.astype(jnp.bfloat16).astype(compute.dtype)
       if specs[path].contraction else x
       for path, x in flat.items()
   }
-  return traverse_util.unflatten_dict(
-      _place(mesh, base.config, cast), sep='/'
-  )
 
 
-def _for_products(flat, base, compute):
+def for_products(config, flat, compute):
   """Casts frozen matrices once, since every product would."""
-  specs = weights.tree_specs(base.config)
+  specs = weights.tree_specs(config)
   return {
       path: x.astype(compute.dtype)
       if path in specs and specs[path].contraction else x
@@ -153,15 +237,23 @@ def _for_products(flat, base, compute):
   }
 
 
+def state_shardings(mesh, state, trained):
+  """Says where a state lies: the optimizer's moments with their parameters."""
+  def place(path, leaf):
+    del leaf
+    for key in path:
+      if getattr(key, 'key', None) in trained:
+        return trained[key.key].sharding
+    return sharding.replicated(mesh)
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
 def _place(mesh, config, flat):
   return jax.device_put(flat, student_lib.shardings(mesh, config, flat))
 
 
-def _place_like(mesh, state, trained):
-  """Puts the optimizer's moments where their parameters are."""
-  def place(path, leaf):
-    for key in path:
-      if getattr(key, 'key', None) in trained:
-        return jax.device_put(leaf, trained[key.key].sharding)
-    return jax.device_put(leaf, sharding.replicated(mesh))
-  return jax.tree_util.tree_map_with_path(place, state)
+def _described(tree, shardings):
+  return jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      tree, shardings,
+  )

@@ -93,14 +93,14 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
 
 def _go(s, mesh, job, text, writer, save, stop):
   """The loop itself: batch -> step -> metrics -> checkpoint."""
-  state, schedule = job.state, job.schedule
+  state, program = job.state, job.program
   to_devices = lambda batch: jax.device_put(
       batch, sharding.named(mesh, ('batch', None))
   )
 
   def heldout_kl():
     return float(np.mean([
-        job.score(state.trained, job.settled, job.teacher, to_devices(b))
+        program.score(state.trained, job.settled, job.teacher, to_devices(b))
         for b in text.heldout
     ]))
 
@@ -111,7 +111,7 @@ def _go(s, mesh, job, text, writer, save, stop):
   clock, since, said = time.monotonic(), first, ''
   with metrics.Progress('train', s.train.steps, first) as progress:
     for n in range(first + 1, s.train.steps + 1):
-      state, scalars = job.step(
+      state, scalars = program.step(
           state, job.settled, job.teacher, to_devices(next(text.batches))
       )
       last = n == s.train.steps
@@ -120,7 +120,7 @@ def _go(s, mesh, job, text, writer, save, stop):
         row = {k: float(v) for k, v in scalars.items()}
         rate = (n - since) * tokens_a_step / (time.monotonic() - clock)
         row |= {
-            'learning_rate': float(schedule(n - 1)),
+            'learning_rate': float(program.schedule(n - 1)),
             'tokens': n * tokens_a_step,
             'tokens_per_second': rate,
         }

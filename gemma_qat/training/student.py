@@ -8,6 +8,8 @@ the format and the mode; rules over the leaves say who is trained.
 from typing import Any, Callable, Mapping
 
 from flax import traverse_util
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat import errors
@@ -99,6 +101,27 @@ def init_student(
   return traverse_util.unflatten_dict(tree, sep='/')
 
 
+def abstract_student(config: model_config.ModelConfig, plan) -> dict:
+  """Returns the shapes of `init_student`'s tree; nothing is computed."""
+  def node(path, leaf):
+    if path not in plan:
+      return leaf
+    make = lambda weight: lattice.init_node(weight, *plan[path])
+    return jax.eval_shape(make, leaf)
+  return traverse_util.unflatten_dict(
+      {path: node(path, x) for path, x in abstract_flat(config).items()},
+      sep='/',
+  )
+
+
+def abstract_flat(config: model_config.ModelConfig) -> dict:
+  """Returns the shapes of a teacher's float32 leaves by path."""
+  return {
+      path: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+      for path, spec in weights.tree_specs(config).items()
+  }
+
+
 def check_start(plan, start: str) -> None:
   """Refuses, before any work, a start that a mode of the plan cannot take.
 
@@ -159,7 +182,7 @@ def join(trained: Flat, frozen: Flat) -> dict:
   return traverse_util.unflatten_dict({**frozen, **trained}, sep='/')
 
 
-def settle(frozen: Flat, plan):
+def settle(frozen: Flat, plan, dequantize=None):
   """Dequantizes once and for all what no step will change.
 
   A node without a trained part would be dequantized anew in every step; the
@@ -168,16 +191,20 @@ def settle(frozen: Flat, plan):
   Args:
     frozen: the frozen leaves by path.
     plan: from `make_plan`.
+    dequantize: what makes a plain array of (format, codes, scale), by default
+      `Format.dequantize`.
 
   Returns:
     (frozen leaves, plan) in which such nodes are plain arrays of mode 'fixed'.
   """
+  if dequantize is None:
+    dequantize = lambda fmt, *node: fmt.dequantize(formats.Quantized(*node))
   frozen, plan = dict(frozen), dict(plan)
   for path, (fmt, mode, contraction) in list(plan.items()):
     node = [p for p in (path + '/codes', path + '/scale') if p in frozen]
     if mode == 'codes' and len(node) == 2:
       codes, scale = (frozen.pop(p) for p in node)
-      frozen[path] = fmt.dequantize(formats.Quantized(codes, scale))
+      frozen[path] = dequantize(fmt, codes, scale)
       plan[path] = (fmt, 'fixed', contraction)
   return frozen, plan
 
