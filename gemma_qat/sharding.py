@@ -53,18 +53,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
   )
 
 
-def partition_spec(axes: Sequence[str]) -> jax.sharding.PartitionSpec:
+def partition_spec(axes: Sequence[str | None]) -> jax.sharding.PartitionSpec:
   """Maps logical axis names to a PartitionSpec."""
   return jax.sharding.PartitionSpec(*(RULES.get(a) for a in axes))
 
 
-def named(mesh, axes: Sequence[str]) -> jax.sharding.NamedSharding:
+def named(mesh, axes: Sequence[str | None]) -> jax.sharding.NamedSharding:
   """Returns the sharding of an array with these logical axes."""
   return jax.sharding.NamedSharding(mesh, partition_spec(axes))
 
 
 def replicated(mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def make_constrain(mesh):
+  """Returns constrain(x, logical axes), which places activations on a mesh."""
+  def constrain(x, axes):
+    return jax.lax.with_sharding_constraint(x, named(mesh, axes))
+  return constrain
 
 
 def check(

@@ -72,7 +72,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.compute.remat = 'full'
   c.compute.attention = 'auto'
   c.compute.round_embedding_multiplier = False
-  c.compute.kl_block = 2_048
+  # Vocabulary entries at a time; 0 chooses from the shapes.
+  c.compute.kl_block = 0
 
   c.data = ml_collections.ConfigDict()
   # See gemma_qat/data/sources.py for what can stand here.
@@ -83,6 +84,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.mesh.data = -1
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
+  # What fsdp sends around: 'weights', or the student's 'codes' and scales.
+  c.mesh.gather = 'weights'
 
   c.evaluation = ml_collections.ConfigDict()
   c.evaluation.text = 'topics'

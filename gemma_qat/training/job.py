@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gemma_qat import losses
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.model import config as model_config
@@ -15,6 +16,7 @@ from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.quant import lattice
 from gemma_qat.training import calibration
+from gemma_qat.training import gathering
 from gemma_qat.training import metrics
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import saving
@@ -53,6 +55,7 @@ class Job(NamedTuple):
 
 def make_program(
     s: settings.Settings,
+    mesh: jax.sharding.Mesh,
     config: model_config.ModelConfig,
     plan: Mapping[str, Any],
     groups: Mapping[str, str],
@@ -61,16 +64,32 @@ def make_program(
 
   Args:
     s: the settings.
+    mesh: the devices.
     config: the sizes.
     plan: from `student.settle`: what the step sees.
     groups: from `student.groups`.
   """
   optimizer = optimizer_lib.make_optimizer(s.optimizer, s.train.steps, groups)
+  is_alone = mesh.size == 1
+
+  def model(intercept, plan):
+    if is_alone:
+      return settings.make_model(config, s.compute, intercept)
+    gather = gathering.make_gather(
+        intercept, plan, mesh, config, s.mesh.gather, s.compute.dtype
+    )
+    return settings.make_model(
+        config, s.compute, gather, constrain=sharding.make_constrain(mesh)
+    )
+
   loss = step_lib.make_loss(
-      settings.make_model(config, s.compute, lattice.make_intercept(plan)),
-      settings.make_model(config, s.compute, transformer.identity),
-      s.compute.kl_block,
+      model(lattice.make_intercept(plan), plan),
+      model(transformer.identity, {}),
+      s.compute.kl_block or None,
       train_head=any(p.split('/')[0] == 'embedding' for p in groups),
+      placement=None if is_alone else losses.Placement(
+          mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
+      ),
   )
   score = lambda trained, settled, teacher, batch: loss(
       student_lib.join(trained, settled), teacher, batch
@@ -107,7 +126,7 @@ def prepare(
   groups = student_lib.groups(student, s.train.rules)
   trained, frozen = student_lib.split(student, groups)
   settled, step_plan = student_lib.settle(frozen, plan)
-  program = make_program(s, config, step_plan, groups)
+  program = make_program(s, mesh, config, step_plan, groups)
   trained = _place(mesh, config, trained)
   state = step_lib.init_state(trained, program.optimizer)
   teacher = teacher_of(config, traverse_util.flatten_dict(params, sep='/'),
@@ -153,7 +172,7 @@ def abstract(
       ),
       frozen,
   )
-  program = make_program(s, config, step_plan, groups)
+  program = make_program(s, mesh, config, step_plan, groups)
   teacher = jax.eval_shape(
       lambda leaves: teacher_of(config, leaves, s.compute),
       student_lib.abstract_flat(config),

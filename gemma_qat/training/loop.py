@@ -46,7 +46,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   """
   workdir = pathlib.Path(workdir)
   s = settings.read(config)
-  mesh = sharding.make_mesh(**config.mesh.to_dict())
+  mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
   workdir_lib.claim(workdir, config)
   if saving.latest(workdir) == s.train.steps:
     _say(f'{workdir} holds the last step, {s.train.steps}, already.')

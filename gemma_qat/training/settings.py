@@ -106,6 +106,22 @@ class TrainSettings:
   heldout_batches: int
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  """How the devices are arranged.
+
+  Attributes:
+    data, fsdp, tensor: see `sharding.make_mesh`.
+    gather: what of a weight travels between devices, see
+      `training.gathering`.
+  """
+
+  data: int
+  fsdp: int
+  tensor: int
+  gather: str
+
+
 class Settings(NamedTuple):
   """The frozen settings of a run, by config section."""
 
@@ -113,13 +129,22 @@ class Settings(NamedTuple):
   train: TrainSettings
   optimizer: OptimizerSettings
   compute: ComputeSettings
+  mesh: MeshSettings
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:
   """Checks and freezes all of a config that the loop needs."""
   return Settings(
-      quant(config), train(config), optimizer(config), compute(config)
+      quant(config), train(config), optimizer(config), compute(config),
+      mesh(config),
   )
+
+
+def mesh(config: ml_collections.ConfigDict) -> MeshSettings:
+  """Checks and freezes `config.mesh`."""
+  s = MeshSettings(**config.mesh.to_dict())
+  _choice('config.mesh.gather', s.gather, ('weights', 'codes'))
+  return s
 
 
 def quant(config: ml_collections.ConfigDict) -> QuantSettings:
@@ -189,12 +214,18 @@ def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
   return s
 
 
-def make_model(config, compute_settings: ComputeSettings, intercept):
+def make_model(
+    config,
+    compute_settings: ComputeSettings,
+    intercept,
+    constrain=transformer.unconstrained,
+):
   """Builds the network that these settings describe."""
   s = compute_settings
   return transformer.Transformer(
       config,
       intercept=intercept,
+      constrain=constrain,
       dtype=jnp.dtype(s.dtype),
       residual_dtype=jnp.dtype(s.residual_dtype),
       remat=s.remat,

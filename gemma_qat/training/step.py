@@ -1,5 +1,6 @@
 """What does one optimizer step do?"""
 
+import functools
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
@@ -22,7 +23,13 @@ class State(NamedTuple):
   optimizer: Any
 
 
-def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
+def make_loss(
+    student_model,
+    teacher_model,
+    kl_block: int | None,
+    train_head: bool,
+    placement: losses.Placement | None = None,
+):
   """Builds the distance between student and teacher on one batch.
 
   The teacher is an argument like the batch: it is in no state and gets no
@@ -33,6 +40,7 @@ def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
     teacher_model: Transformer without.
     kl_block: see `losses.linear_kl`.
     train_head: whether the student's embedding is trained.
+    placement: see `losses.linear_kl`.
 
   Returns:
     loss(student tree, teacher tree, batch) -> mean KL in nats over the
@@ -46,11 +54,13 @@ def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
     kl = losses.linear_kl(
         hidden.reshape(-1, hidden.shape[-1]),
         target.reshape(-1, target.shape[-1]),
-        student_model.intercept('embedding', student['embedding']),
+        student['embedding'],
         teacher['embedding'],
+        rows=functools.partial(student_model.intercept, 'embedding'),
         block=kl_block,
         dtype=student_model.dtype,
         train_head=train_head,
+        placement=placement,
     )
     return losses.masked_mean(kl, batch['mask'].reshape(-1))
 
