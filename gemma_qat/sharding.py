@@ -67,6 +67,34 @@ def replicated(mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def share(mesh, rows: int) -> tuple[int, int]:
+  """Says which part of a batch's rows the devices of this process hold.
+
+  Args:
+    mesh: of the devices of all processes.
+    rows: of the whole batch.
+
+  Returns:
+    (index, count) of the part; processes that hold copies of the same rows
+    have the same index.
+
+  Raises:
+    UserError: the mesh deals the rows out unevenly.
+  """
+  where = named(mesh, ('batch', None))
+  held = where.addressable_devices_indices_map((rows, 1))
+  spans = {index[0].indices(rows)[:2] for index in held.values()}
+  start, stop = min(a for a, _ in spans), max(b for _, b in spans)
+  size = stop - start
+  if sum(b - a for a, b in spans) != size or rows % size or start % size:
+    raise errors.UserError(
+        f'config.mesh gives this process rows {sorted(spans)} of a batch of '
+        f'{rows}, no part that all processes can have alike: let data x fsdp '
+        'be a multiple of the number of processes, or divide it.'
+    )
+  return start // size, rows // size
+
+
 def make_constrain(mesh):
   """Returns constrain(x, logical axes), which places activations on a mesh."""
   def constrain(x, axes):

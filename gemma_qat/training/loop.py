@@ -8,7 +8,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import sys
 import time
 
 import jax
@@ -16,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat import hosts
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
@@ -30,12 +30,16 @@ from gemma_qat.training import text as text_lib
 from gemma_qat.training import workdir as workdir_lib
 
 
-def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
+def train(
+    config: ml_collections.ConfigDict, workdir: os.PathLike, profile: int = 0
+) -> int:
   """Runs a config from wherever its workdir stands to its last step.
 
   Args:
     config: see `experiments/configs/base.py`.
     workdir: receives everything; a run that was stopped there goes on.
+    profile: how many steps to trace, from this session's third on, when all
+      is compiled.
 
   Returns:
     The last step, whose checkpoint is written.
@@ -47,9 +51,11 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   workdir = pathlib.Path(workdir)
   s = settings.read(config)
   mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
-  workdir_lib.claim(workdir, config)
+  if hosts.is_first():
+    workdir_lib.claim(workdir, config)
+  hosts.wait('claim')
   if saving.latest(workdir) == s.train.steps:
-    _say(f'{workdir} holds the last step, {s.train.steps}, already.')
+    hosts.say(f'{workdir} holds the last step, {s.train.steps}, already.')
     return s.train.steps
 
   base = detect.load(config.model.checkpoint)
@@ -58,10 +64,13 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   # Wrong rules are found now, not after minutes of calibration.
   student_lib.check_start(plan, s.quant.start)
   student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
-  _say(f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
-       f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products')
+  hosts.say(
+      f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
+      f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products'
+  )
   params = weights.stack(base.config, checkpoints.dequantized(base))
-  text = text_lib.read(config, base, workdir)
+  share = sharding.share(mesh, s.train.batch_size)
+  text = text_lib.read(config, base, workdir, share)
 
   with saving.Saver(workdir, s.train.keep) as saver, _StopSignal() as stop:
     # The one place that decides where the student comes from.
@@ -69,7 +78,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
     if saver.latest is not None:
       student, optimizer_leaves, manifest = saver.restore(saver.latest)
       text.go_on(manifest, workdir)
-      _say(f'Going on at step {saver.latest}.')
+      hosts.say(f'Going on at step {saver.latest}.')
     else:
       student = job_lib.start(s, base, params, plan, text.calibrating)
     job = job_lib.prepare(s, mesh, base, params, plan, student)
@@ -86,7 +95,9 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
           orbax_files.tokenizer_tree(base.tokenizer),
       )
 
-    with contextlib.closing(metrics.Writer(workdir, int(job.state.step))) as writer:
+    first = int(job.state.step)
+    kind = metrics.Writer if hosts.is_first() else metrics.Silence
+    with contextlib.closing(kind(workdir, first)) as writer:
       _go(s, mesh, job, text, writer, save, stop)
   return s.train.steps
 
@@ -94,9 +105,8 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
 def _go(s, mesh, job, text, writer, save, stop):
   """The loop itself: batch -> step -> metrics -> checkpoint."""
   state, program = job.state, job.program
-  to_devices = lambda batch: jax.device_put(
-      batch, sharding.named(mesh, ('batch', None))
-  )
+  rows = sharding.named(mesh, ('batch', None))
+  to_devices = lambda batch: hosts.put_share(batch, rows)
 
   def heldout_kl():
     return float(np.mean([
@@ -109,7 +119,9 @@ def _go(s, mesh, job, text, writer, save, stop):
     writer.write(0, {'heldout_kl_nats': heldout_kl()})
   tokens_a_step = s.train.batch_size * s.train.length
   clock, since, said = time.monotonic(), first, ''
-  with metrics.Progress('train', s.train.steps, first) as progress:
+  with metrics.Progress(
+      'train', s.train.steps, first, is_shown=hosts.is_first()
+  ) as progress:
     for n in range(first + 1, s.train.steps + 1):
       state, scalars = program.step(
           state, job.settled, job.teacher, to_devices(next(text.batches))
@@ -130,13 +142,17 @@ def _go(s, mesh, job, text, writer, save, stop):
       if row:
         _check_finite(n, row)
         writer.write(n, row)
-      if n % s.train.checkpoint_every == 0 or last or stop.asked:
+      # Several processes have to agree, which costs a wait.
+      is_asked = stop.asked if jax.process_count() == 1 else (
+          n % s.train.log_every == 0 and hosts.anyone(stop.asked)
+      )
+      if n % s.train.checkpoint_every == 0 or last or is_asked:
         save(state)
       if 'tokens_per_second' in row:
         # Evaluation and saving are not the step's time.
         clock, since = time.monotonic(), n
       progress.advance(text=said)
-      if stop.asked and not last:
+      if is_asked and not last:
         raise errors.Stopped(
             f'Stopped after step {n}; the same command goes on.'
         )
@@ -161,10 +177,6 @@ def _check_finite(step, row):
       )
 
 
-def _say(text):
-  print(text, file=sys.stderr, flush=True)
-
-
 class _StopSignal:
   """Turns SIGTERM and the first Ctrl-C into a request to stop."""
 
@@ -186,5 +198,5 @@ class _StopSignal:
   def _ask(self, number, frame):
     del frame
     self.asked = True
-    _say('Stopping after this step ...')
+    hosts.say('Stopping after this step ...')
     signal.signal(number, self._old[number])
