@@ -72,18 +72,16 @@ def prepare(
       s.compute.kl_block,
       train_head=any(p.split('/')[0] == 'embedding' for p in trained),
   )
-  score = lambda trained, settled, teacher, batch: loss(
-      student_lib.join(trained, settled), teacher, batch
-  )
   return Job(
       state=state,
       frozen=frozen,
       settled=settled,
       teacher=_teacher(mesh, base, params, s.compute),
       step=jax.jit(
-          step_lib.make_step(loss, optimizer, groups), donate_argnums=0
+          step_lib.make_step(loss, optimizer, groups, s.train.accumulate),
+          donate_argnums=0,
       ),
-      score=jax.jit(score),
+      score=jax.jit(step_lib.make_score(loss, s.train.accumulate)),
       schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
   )
 
@@ -158,10 +156,12 @@ def _place(mesh, config, flat):
 
 
 def _place_like(mesh, state, trained):
-  """Puts the optimizer's moments where their parameters are."""
+  """Puts what the optimizer keeps of a parameter where the parameter is."""
   def place(path, leaf):
     for key in path:
-      if getattr(key, 'key', None) in trained:
-        return jax.device_put(leaf, trained[key.key].sharding)
+      if (like := trained.get(getattr(key, 'key', None))) is not None:
+        return jax.device_put(leaf, sharding.of_statistics(
+            like.sharding, like.shape, leaf.shape
+        ))
     return jax.device_put(leaf, sharding.replicated(mesh))
   return jax.tree_util.tree_map_with_path(place, state)

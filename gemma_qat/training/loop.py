@@ -54,7 +54,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
 
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, s.quant)
-  _check_mesh(mesh, base.config, plan, s.train.batch_size)
+  _check_mesh(mesh, base.config, plan, s.train)
   # Wrong rules are found now, not after minutes of calibration.
   student_lib.check_start(plan, s.quant.start)
   student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
@@ -142,9 +142,12 @@ def _go(s, mesh, job, text, writer, save, stop):
         )
 
 
-def _check_mesh(mesh, config, plan, batch_size):
+def _check_mesh(mesh, config, plan, train):
   """Refuses a mesh that does not fit, before text is read or codes found."""
-  sharding.check(mesh, 'config.train.batch_size', (batch_size,), ('batch',))
+  name, size = 'config.train.batch_size', train.batch_size
+  if train.accumulate > 1:
+    name, size = f'{name} / accumulate', size // train.accumulate
+  sharding.check(mesh, name, (size,), ('batch',))
   for path, spec in weights.tree_specs(config).items():
     sharding.check(
         mesh, path, spec.shape, spec.axes, block=32 if path in plan else 1
