@@ -26,6 +26,8 @@ BLOCK = 32
 # is 2^-63.5 of it, the root of which is 2.8e-10.
 _AN_OCTAVE = 4
 _SMALLEST, _ZERO = 254, 255
+# Weights of a leaf that are unpacked at once, 4 MiB in float32.
+_PART = 2**20
 # Not 127, so that a scale rounded to bfloat16 leaves no code above 127.
 _LARGEST = 126
 
@@ -60,11 +62,42 @@ def scale_by_adam(
     return pack_blocks(first, second, bits, limit)
 
   def init(params):
-    return _pack_state(adam.init(params), pack)
+    state = adam.init(params)
+    zeros = lambda x: pack(x, x, jnp.zeros(x.shape, jnp.uint32))
+    return state._replace(
+        mu=jax.tree.map(lambda x: zeros(x)[0], state.mu),
+        nu=jax.tree.map(lambda x: zeros(x)[1], state.nu),
+    )
+
+  def update_part(gradient, first, second, count, seed):
+    state = optax.ScaleByAdamState(count, *_unpack(first, second))
+    direction, state = adam.update(gradient, state)
+    bits = random_bits(gradient.shape, seed)
+    return direction, *pack(state.mu, state.nu, bits)
 
   def update(updates, state, params=None):
-    updates, state = adam.update(updates, _unpack_state(state), params)
-    return updates, _pack_state(state, pack)
+    del params
+    gradients, tree = jax.tree.flatten(updates)
+    leaves = zip(
+        gradients, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
+    )
+    count = optax.safe_increment(state.count)
+    seed, done, new = _hash(count.astype(jnp.uint32)), count, []
+    for i, arrays in enumerate(leaves):
+      # One leaf after the other: otherwise a compiler may unpack all of them
+      # first, and hold them in float32 at once.
+      arrays, _ = lax.optimization_barrier((arrays, done))
+      new.append(_in_parts(
+          lambda j, *part, i=i: update_part(
+              *part, state.count, _hash(_hash(seed + jnp.uint32(i)) + j)
+          ),
+          arrays,
+      ))
+      done = jax.tree.leaves(new[-1][2])[-1]
+    directions, first, second = (
+        tree.unflatten([leaf[k] for leaf in new]) for k in range(3)
+    )
+    return directions, optax.ScaleByAdamState(count, first, second)
 
   return optax.GradientTransformation(init, update)
 
@@ -179,32 +212,54 @@ def _pack_first(first, root, limit, noise):
   )
 
 
-def _pack_state(state, pack):
-  """Packs leaf by leaf; each has its own random numbers."""
-  first, tree = jax.tree.flatten(state.mu)
-  packed = []
-  for i, (x, y) in enumerate(zip(first, jax.tree.leaves(state.nu))):
-    seed = _hash(_hash(state.count.astype(jnp.uint32)) + jnp.uint32(i))
-    packed.append(pack(x, y, random_bits(x.shape, seed)))
-  return state._replace(
-      mu=tree.unflatten([first for first, _ in packed]),
-      nu=tree.unflatten([second for _, second in packed]),
+def _in_parts(function, arrays):
+  """Computes function(part's number, *parts) -> parts, in place.
+
+  Only one part of a large leaf is unpacked at a time. Row i of the longest
+  axis but the last belongs to part i % parts: that axis may be cut over a
+  mesh, and every device has its share of every part then.
+  """
+  axis, parts = _split(arrays[0].shape)
+  if parts == 1:
+    return function(jnp.uint32(0), *arrays)
+
+  def cut(x):
+    return x.reshape(*x.shape[:axis], -1, parts, *x.shape[axis + 1 :])
+
+  def body(j, arrays):
+    new = function(j.astype(jnp.uint32), *jax.tree.map(
+        lambda x: lax.dynamic_index_in_dim(x, j, axis + 1, keepdims=False),
+        arrays,
+    ))
+    return jax.tree.map(
+        lambda x, part: lax.dynamic_update_index_in_dim(x, part, j, axis + 1),
+        arrays, new,
+    )
+
+  new = lax.fori_loop(0, parts, body, jax.tree.map(cut, arrays))
+  return jax.tree.map(lambda x, like: x.reshape(like.shape), new, arrays)
+
+
+def _split(shape):
+  """Finds the axis to take apart, and the fewest parts below `_PART` weights.
+
+  A part keeps a multiple of 32 rows, for meshes to divide.
+  """
+  count = math.prod(shape)
+  if count <= _PART or len(shape) < 2:
+    return 0, 1
+  axis = max(range(len(shape) - 1), key=lambda i: shape[i])
+  most = shape[axis] // 32 if shape[axis] % 32 == 0 else 1
+  return axis, next(
+      n for n in range(1, most + 1)
+      if most % n == 0 and (count // n <= _PART or n == most)
   )
 
 
-def _unpack_state(state):
-  is_blocks = lambda x: isinstance(x, Blocks)
-  first, tree = jax.tree.flatten(state.mu, is_leaf=is_blocks)
-  second = jax.tree.leaves(state.nu, is_leaf=is_blocks)
-  both = [
-      unpack_blocks(x, y) if is_blocks(x)
-      else (x.astype(jnp.float32), y.astype(jnp.float32))
-      for x, y in zip(first, second)
-  ]
-  return state._replace(
-      mu=tree.unflatten([first for first, _ in both]),
-      nu=tree.unflatten([second for _, second in both]),
-  )
+def _unpack(first, second):
+  if isinstance(first, Blocks):
+    return unpack_blocks(first, second)
+  return first.astype(jnp.float32), second.astype(jnp.float32)
 
 
 def _to_bfloat16(x, bits):
