@@ -102,6 +102,37 @@ def make_constrain(mesh):
   return constrain
 
 
+def of_statistics(
+    parameter: jax.sharding.NamedSharding,
+    shape: Sequence[int],
+    kept: Sequence[int],
+) -> jax.sharding.NamedSharding:
+  """Says where an array lies that is kept of each parameter, and cut like it.
+
+  Its axes are the parameter's (moments; scales, whose last axis counts blocks)
+  or all of them but one (sums over an axis). An axis that does not split into
+  the parameter's parts stays whole, and so does what fits neither way.
+
+  Args:
+    parameter: where the parameter lies.
+    shape: of the parameter.
+    kept: the array's shape.
+  """
+  mesh, shape, kept = parameter.mesh, tuple(shape), tuple(kept)
+  spec = tuple(parameter.spec)
+  spec += (None,) * (len(shape) - len(spec))
+  without = lambda x, i: x[:i] + x[i + 1 :]
+  specs = {spec} if len(kept) == len(shape) else {
+      without(spec, i) for i in range(len(shape)) if without(shape, i) == kept
+  }
+  if len(specs) != 1:
+    return replicated(mesh)
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(
+      axes if size % _parts(mesh, axes) == 0 else None
+      for size, axes in zip(kept, specs.pop())
+  )))
+
+
 def check(
     mesh, name: str, shape: Sequence[int], axes: Sequence[str], block: int = 1
 ) -> None:
@@ -118,9 +149,8 @@ def check(
     UserError: names the weight, the axis and the sizes that work.
   """
   for i, (size, axis) in enumerate(zip(shape, axes)):
-    mesh_axes = RULES.get(axis) or ()
-    mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-    parts = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
+    mesh_axes = _names(RULES.get(axis))
+    parts = _parts(mesh, mesh_axes)
     unit = block if i == len(shape) - 1 else 1
     if size % (parts * unit):
       whole = size // unit
@@ -130,3 +160,12 @@ def check(
           f'{name}: axis {axis!r} of {size} does not split into {parts} equal '
           f'{what}; choose config.mesh {"*".join(mesh_axes)} among {works}.'
       )
+
+
+def _parts(mesh, mesh_axes):
+  """How many parts an axis is cut into by one entry of a PartitionSpec."""
+  return int(np.prod([mesh.shape[a] for a in _names(mesh_axes)], dtype=int))
+
+
+def _names(mesh_axes):
+  return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()

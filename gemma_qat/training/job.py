@@ -51,6 +51,7 @@ class Job(NamedTuple):
   settled: dict[str, Any]
   teacher: dict[str, Any]
   program: Program
+  trains_head: bool
 
 
 def make_program(
@@ -88,13 +89,10 @@ def make_program(
       model(lattice.make_intercept(plan), plan),
       model(transformer.identity, {}),
       s.compute.kl_block or None,
-      train_head=any(p.split('/')[0] == 'embedding' for p in groups),
+      train_head=_trains_head(groups),
       placement=None if is_alone else losses.Placement(
           mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
       ),
-  )
-  score = lambda trained, settled, teacher, batch: loss(
-      student_lib.join(trained, settled), teacher, batch
   )
   init = lambda leaves: step_lib.init_state(leaves, optimizer)
   where = state_shardings(mesh, jax.eval_shape(init, trained), trained)
@@ -103,10 +101,13 @@ def make_program(
       init=jax.jit(init, out_shardings=where),
       # Those of the arguments are their own.
       step=jax.jit(
-          step_lib.make_step(loss, optimizer, groups), donate_argnums=0,
-          out_shardings=(where, everywhere),
+          step_lib.make_step(loss, optimizer, groups, s.train.accumulate),
+          donate_argnums=0, out_shardings=(where, everywhere),
       ),
-      score=jax.jit(score, out_shardings=everywhere),
+      score=jax.jit(
+          step_lib.make_score(loss, s.train.accumulate),
+          out_shardings=everywhere,
+      ),
       schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
   )
 
@@ -143,6 +144,7 @@ def prepare(
       settled=_place(mesh, config, for_products(config, settled, s.compute)),
       teacher=student_lib.join({}, _place(mesh, config, teacher)),
       program=program,
+      trains_head=_trains_head(groups),
   )
 
 
@@ -259,14 +261,17 @@ def for_products(config, flat, compute):
 
 
 def state_shardings(mesh, state, trained):
-  """Says where a state lies: the optimizer's moments with their parameters."""
+  """Says where a state lies: what the optimizer keeps of a parameter with it."""
   def place(path, leaf):
-    del leaf
     for key in path:
-      if getattr(key, 'key', None) in trained:
-        return trained[key.key].sharding
+      if (like := trained.get(getattr(key, 'key', None))) is not None:
+        return sharding.of_statistics(like.sharding, like.shape, leaf.shape)
     return sharding.replicated(mesh)
   return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _trains_head(groups):
+  return any(p.split('/')[0] == 'embedding' for p in groups)
 
 
 def _place(mesh, config, flat):

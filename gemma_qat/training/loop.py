@@ -8,7 +8,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import time
 
 import jax
 import ml_collections
@@ -25,8 +24,10 @@ from gemma_qat.training import job as job_lib
 from gemma_qat.training import metrics
 from gemma_qat.training import saving
 from gemma_qat.training import settings
+from gemma_qat.training import speed as speed_lib
 from gemma_qat.training import student as student_lib
 from gemma_qat.training import text as text_lib
+from gemma_qat.training import tracing
 from gemma_qat.training import workdir as workdir_lib
 
 
@@ -60,7 +61,7 @@ def train(
 
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, s.quant)
-  _check_mesh(mesh, base.config, plan, s.train.batch_size)
+  _check_mesh(mesh, base.config, plan, s.train)
   # Wrong rules are found now, not after minutes of calibration.
   student_lib.check_start(plan, s.quant.start)
   student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
@@ -97,12 +98,16 @@ def train(
 
     first = int(job.state.step)
     kind = metrics.Writer if hosts.is_first() else metrics.Silence
-    with contextlib.closing(kind(workdir, first)) as writer:
-      _go(s, mesh, job, text, writer, save, stop)
+    speed = speed_lib.Speed(s.train, base.config, job.trains_head)
+    with (
+        contextlib.closing(kind(workdir, first)) as writer,
+        tracing.Trace(workdir, profile, first) as trace,
+    ):
+      _go(s, mesh, job, text, writer, save, stop, speed, trace)
   return s.train.steps
 
 
-def _go(s, mesh, job, text, writer, save, stop):
+def _go(s, mesh, job, text, writer, save, stop, speed, trace):
   """The loop itself: batch -> step -> metrics -> checkpoint."""
   state, program = job.state, job.program
   rows = sharding.named(mesh, ('batch', None))
@@ -117,26 +122,24 @@ def _go(s, mesh, job, text, writer, save, stop):
   first = int(state.step)
   if not first:
     writer.write(0, {'heldout_kl_nats': heldout_kl()})
-  tokens_a_step = s.train.batch_size * s.train.length
-  clock, since, said = time.monotonic(), first, ''
+  said = ''
+  speed.restart(first)
   with metrics.Progress(
       'train', s.train.steps, first, is_shown=hosts.is_first()
   ) as progress:
     for n in range(first + 1, s.train.steps + 1):
+      trace.before(n)
       state, scalars = program.step(
           state, job.settled, job.teacher, to_devices(next(text.batches))
       )
+      trace.after(n, scalars)
       last = n == s.train.steps
       row = {}
       if n % s.train.log_every == 0 or last:
         row = {k: float(v) for k, v in scalars.items()}
-        rate = (n - since) * tokens_a_step / (time.monotonic() - clock)
-        row |= {
-            'learning_rate': float(program.schedule(n - 1)),
-            'tokens': n * tokens_a_step,
-            'tokens_per_second': rate,
-        }
-        said = f'kl {row["kl_nats"]:.4f} nats, {rate:.0f} tokens/s'
+        row['learning_rate'] = float(program.schedule(n - 1))
+        row |= speed.at(n)
+        said = f'kl {row["kl_nats"]:.4f} nats, {speed.said}'
       if n % s.train.evaluate_every == 0 or last:
         row['heldout_kl_nats'] = heldout_kl()
       if row:
@@ -150,7 +153,7 @@ def _go(s, mesh, job, text, writer, save, stop):
         save(state)
       if 'tokens_per_second' in row:
         # Evaluation and saving are not the step's time.
-        clock, since = time.monotonic(), n
+        speed.restart(n)
       progress.advance(text=said)
       if is_asked and not last:
         raise errors.Stopped(
@@ -158,9 +161,12 @@ def _go(s, mesh, job, text, writer, save, stop):
         )
 
 
-def _check_mesh(mesh, config, plan, batch_size):
+def _check_mesh(mesh, config, plan, train):
   """Refuses a mesh that does not fit, before text is read or codes found."""
-  sharding.check(mesh, 'config.train.batch_size', (batch_size,), ('batch',))
+  name, size = 'config.train.batch_size', train.batch_size
+  if train.accumulate > 1:
+    name, size = f'{name} / accumulate', size // train.accumulate
+  sharding.check(mesh, name, (size,), ('batch',))
   for path, spec in weights.tree_specs(config).items():
     sharding.check(
         mesh, path, spec.shape, spec.axes, block=32 if path in plan else 1

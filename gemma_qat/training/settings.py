@@ -15,6 +15,7 @@ from gemma_qat import errors
 from gemma_qat.model import transformer
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
+from gemma_qat.training import moments
 
 Rules = tuple[tuple[str, str | None], ...]
 
@@ -53,13 +54,20 @@ class OptimizerSettings:
   """How the trained leaves move.
 
   Attributes:
+    name: 'adam' or 'adafactor' (factored second moment, no first one: see
+      `optimizer`).
+    moments: how Adam keeps its two moments between steps, one of
+      `moments.KINDS`: 'float32' (8 bytes a weight), 'bfloat16' (4) or 'int8'
+      (2.1). Adafactor's are float32.
     learning_rate: peak rate; a group's own is this times its multiplier.
     multipliers: group -> factor; the groups are what `train.rules` assigns.
     warmup_steps: linear from 0; cosine to 0 at the last step follows.
     clip: largest global gradient norm of a group; 0 for none.
-    b1, b2, epsilon: of Adam.
+    b1, b2, epsilon: of Adam. Adafactor has no b1, its decay never exceeds b2.
   """
 
+  name: str
+  moments: str
   learning_rate: float
   multipliers: Mapping[str, float]
   warmup_steps: int
@@ -88,6 +96,9 @@ class TrainSettings:
   Attributes:
     steps: optimizer steps.
     batch_size: rows a step, over all devices.
+    accumulate: parts that a batch is computed in, one after the other; their
+      gradients are summed. Activations take the memory of one part, the step
+      is that of the whole batch.
     length: tokens a row.
     rules: ordered (regex over the student's leaves, group); None freezes.
     checkpoint_every, evaluate_every, log_every: in steps.
@@ -97,6 +108,7 @@ class TrainSettings:
 
   steps: int
   batch_size: int
+  accumulate: int
   length: int
   rules: Rules
   checkpoint_every: int
@@ -174,6 +186,20 @@ def optimizer(config: ml_collections.ConfigDict) -> OptimizerSettings:
   """Checks and freezes `config.optimizer`."""
   values = config.optimizer.to_dict()
   s = OptimizerSettings(**values)
+  _choice('config.optimizer.name', s.name, ('adam', 'adafactor'))
+  _choice('config.optimizer.moments', s.moments, moments.KINDS)
+  if s.name == 'adafactor' and s.moments != 'float32':
+    raise errors.UserError(
+        f'config.optimizer.moments={s.moments} is for adam: adafactor keeps '
+        'sums of rows and columns in float32, which take next to nothing. Set '
+        "it to 'float32', or config.optimizer.name to 'adam'."
+    )
+  if s.moments == 'int8' and s.b1**2 >= s.b2:
+    raise errors.UserError(
+        f'config.optimizer.moments=int8 needs b1^2 < b2, not b1={s.b1} and '
+        f'b2={s.b2}: only then is the first moment bounded by the root of the '
+        'second, in units of which it is kept. Lower b1 or raise b2.'
+    )
   if s.warmup_steps >= config.train.steps:
     raise errors.UserError(
         f'config.optimizer.warmup_steps={s.warmup_steps} leaves nothing of '
@@ -190,6 +216,11 @@ def train(config: ml_collections.ConfigDict) -> TrainSettings:
     value = getattr(s, field.name)
     if field.name != 'rules' and value < 1:
       raise errors.UserError(f'config.train.{field.name}={value} is below 1.')
+  if s.batch_size % s.accumulate:
+    raise errors.UserError(
+        f'config.train.accumulate={s.accumulate} does not divide '
+        f'config.train.batch_size={s.batch_size}: change one of them.'
+    )
   unknown = {g for _, g in s.rules if g} - set(config.optimizer.multipliers)
   if unknown:
     raise errors.UserError(
