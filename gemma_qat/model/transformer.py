@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_qat import errors
+from gemma_qat.model import attention
 from gemma_qat.model import config as model_config
 from gemma_qat.model import layers
 from gemma_qat.model import weights
@@ -54,7 +55,7 @@ class Transformer(nn.Module):
     dtype: of the operands of matrix products (accumulated in float32).
     residual_dtype: of the residual stream.
     remat: a name in REMAT_POLICIES.
-    attention: see `layers.attention`.
+    attention: see `attention.attend`.
     round_embedding_multiplier: round sqrt(D) to bfloat16, as the original
       implementation does; llama.cpp does not.
   """
@@ -195,12 +196,10 @@ class _Block(nn.Module):
     q = layers.rope(q, positions, base, scaling) * c.query_scale
     k = layers.rope(k, positions, base, scaling)
     if cache is None:
-      y = layers.attention(
-          q, k, v, window, dtype, self.settings.attention
-      )
+      y = attention.attend(q, k, v, window, dtype, self.settings.attention)
     else:
       cache, mask = _extend(cache, k, v, positions, window)
-      y = layers.cached_attention(q, cache['k'], cache['v'], mask, dtype)
+      y = attention.attend_cached(q, cache['k'], cache['v'], mask, dtype)
     y = put(product(put(y, _HEADS), 'attn_o').astype(x.dtype), _STREAM)
     x += norm(y, 'attn_post_norm')
 
@@ -289,4 +288,4 @@ def _extend(cache, k, v, positions, window):
   keys = jnp.broadcast_to(
       jnp.arange(cache['k'].shape[1]), (k.shape[0], cache['k'].shape[1])
   )
-  return cache, layers.visible(positions, keys, window)
+  return cache, attention.visible(positions, keys, window)

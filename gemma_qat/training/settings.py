@@ -5,6 +5,8 @@ these frozen values.
 """
 
 import dataclasses
+import functools
+import sys
 from typing import Mapping, NamedTuple
 
 import jax
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from gemma_qat import errors
+from gemma_qat.model import attention
+from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
@@ -79,7 +83,10 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeSettings:
-  """How the network is computed; see `model.transformer.Transformer`."""
+  """How the network is computed; see `model.transformer.Transformer`.
+
+  `attention` may still be 'auto': the choice takes the sizes of the model.
+  """
 
   dtype: str
   residual_dtype: str
@@ -231,28 +238,34 @@ def train(config: ml_collections.ConfigDict) -> TrainSettings:
 
 
 def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
-  """Checks and freezes `config.compute`; resolves 'auto' for this machine."""
+  """Checks and freezes `config.compute`; resolves the 'auto' of the dtype."""
   s = ComputeSettings(**config.compute.to_dict())
   if s.dtype == 'auto':
     s = dataclasses.replace(s, dtype=fast_dtype())
   _choice('config.compute.dtype', s.dtype, ('bfloat16', 'float32'))
   _choice('config.compute.residual_dtype', s.residual_dtype,
           ('bfloat16', 'float32'))
-  if s.attention == 'auto':
-    s = dataclasses.replace(s, attention=fast_attention())
-  _choice('config.compute.attention', s.attention, ('mapped', 'xla', 'cudnn'))
+  _choice('config.compute.attention', s.attention,
+          ('auto', *attention.IMPLEMENTATIONS))
+  if s.attention == 'cudnn' and s.dtype != 'bfloat16':
+    raise errors.UserError(
+        f"config.compute.attention='cudnn' does not compute in {s.dtype}: set "
+        "config.compute.dtype='bfloat16', or attention='auto'."
+    )
   transformer.remat_policy(s.remat)
   return s
 
 
 def make_model(
-    config,
+    config: model_config.ModelConfig,
     compute_settings: ComputeSettings,
-    intercept,
-    constrain=transformer.unconstrained,
-):
-  """Builds the network that these settings describe."""
+    intercept: transformer.Intercept,
+    constrain: transformer.Constrain = transformer.unconstrained,
+) -> transformer.Transformer:
+  """Builds the network that these settings describe, here."""
   s = compute_settings
+  if s.attention == 'auto':
+    s = dataclasses.replace(s, attention=fast_attention(config, s.dtype))
   return transformer.Transformer(
       config,
       intercept=intercept,
@@ -265,9 +278,28 @@ def make_model(
   )
 
 
-def fast_attention() -> str:
-  """Chooses the implementation of `model.layers.attention`."""
-  return 'mapped' if jax.default_backend() == 'cpu' else 'xla'
+@functools.cache
+def fast_attention(config: model_config.ModelConfig, dtype: str) -> str:
+  """Chooses the implementation of `model.attention.attend` for this machine.
+
+  On a GPU, cuDNN is tried once for a model's heads; what it says instead of
+  serving them goes to stderr.
+  """
+  backend = jax.default_backend()
+  if backend == 'cpu':
+    # Cut over several devices, 'mapped' would gather every head on each.
+    return 'mapped' if jax.device_count() == 1 else 'blockwise'
+  if backend != 'gpu':
+    return 'blockwise'
+  obstacle = attention.why_not_cudnn(
+      config.num_heads, config.num_kv_heads, config.head_dim,
+      config.sliding_window, dtype,
+  )
+  if obstacle is None:
+    return 'cudnn'
+  print(f'Attention in blocks, since cuDNN does not serve it: {obstacle}',
+        file=sys.stderr, flush=True)
+  return 'blockwise'
 
 
 def fast_dtype() -> str:
