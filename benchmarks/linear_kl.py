@@ -24,7 +24,7 @@ from gemma_qat.training import settings
 
 
 def main(argv=None):
-  parser = measure.make_parser(__doc__, repeats=7)
+  parser = measure.make_parser(__doc__, repeats=5)
   add = parser.add_argument
   add('--against', default='products', choices=('products', 'logits'))
   add('--tokens', type=int, default=1024)

@@ -1,8 +1,8 @@
 """How are two programs compared on a machine that is never quiet?
 
-Both run in one process, one after the other, over and over, so that whatever
-else the machine does slows both. Every benchmark prints one line of JSON with
-`KEYS`, whose figures are medians.
+They run one after the other, over and over, so that whatever else the machine
+does slows both. Every benchmark prints one line of JSON with `KEYS`, whose
+figures are medians.
 """
 
 import argparse
@@ -36,35 +36,48 @@ def interleave(
   Returns:
     The fields `ours`, `other` (median seconds of a call), `ratio` (the median
     over the rounds of ours / other: what disturbs a whole round leaves it
-    alone), `ratio_range` (of the rounds) and `repeats`.
+    alone), `ratio_range` (of the rounds), `repeats` and, on a CPU, `cpu_ratio`:
+    the same of processor time over all threads, which waiting for other
+    people's work does not count in.
   """
-  seconds(ours), seconds(other)
-  rounds = [(seconds(ours), seconds(other)) for _ in range(repeats)]
-  ratios = [a / b for a, b in rounds]
-  return {
-      'ours': statistics.median(a for a, _ in rounds),
-      'other': statistics.median(b for _, b in rounds),
-      'ratio': statistics.median(ratios),
-      'ratio_range': [min(ratios), max(ratios)],
+  spend(ours), spend(other)
+  rounds = [(spend(ours), spend(other)) for _ in range(repeats)]
+  wall, processor = (
+      [ours[i] / max(other[i], 1e-9) for ours, other in rounds] for i in (0, 1)
+  )
+  timed = {
+      'ours': statistics.median(ours[0] for ours, _ in rounds),
+      'other': statistics.median(other[0] for _, other in rounds),
+      'ratio': statistics.median(wall),
+      'ratio_range': [min(wall), max(wall)],
       'unit': 's',
       'repeats': repeats,
   }
+  if jax.default_backend() == 'cpu':
+    timed['cpu_ratio'] = statistics.median(processor)
+  return timed
 
 
-def seconds(run: Callable[[], Any]) -> float:
-  """Wall time of one call, its arrays computed."""
-  start = time.perf_counter()
+def spend(run: Callable[[], Any]) -> tuple[float, float]:
+  """Wall and processor seconds of one call, its arrays computed.
+
+  What runs in a process of its own says its processor time itself, by a method
+  `process_time`.
+  """
+  clock = getattr(run, 'process_time', time.process_time)
+  start, used = time.perf_counter(), clock()
   jax.block_until_ready(run())
-  return time.perf_counter() - start
+  return time.perf_counter() - start, clock() - used
 
 
 def as_rates(timed: Mapping[str, Any], count: int, unit: str):
   """Turns the seconds of `interleave` into `count` things per second."""
+  turned = {k: 1 / timed[k] for k in ('ratio', 'cpu_ratio') if k in timed}
   return {
       **timed,
+      **turned,
       'ours': count / timed['ours'],
       'other': count / timed['other'],
-      'ratio': 1 / timed['ratio'],
       'ratio_range': sorted(1 / r for r in timed['ratio_range']),
       'unit': unit,
   }

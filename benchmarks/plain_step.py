@@ -29,7 +29,7 @@ def main(argv=None):
   parser.add_argument(
       '--mode', default='derived', choices=training_step.MODES
   )
-  training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=1024)
+  training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=512)
   a = parser.parse_args(argv)
   case = training_step.make_case(a, a.mode)
   ours = training_step.Stepper(case.job.step, case)

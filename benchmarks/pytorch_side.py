@@ -12,6 +12,7 @@ embedding stands still, as in our step.
 
 import json
 import sys
+import time
 
 import torch
 from torch.nn import functional
@@ -37,6 +38,7 @@ def main():
     loss = step()
     answers.write(json.dumps({
         'loss': float(loss),
+        'process_time': time.process_time(),
         'peak_gb': torch.cuda.max_memory_allocated() / 1e9
         if device == 'cuda' else None,
     }) + '\n')

@@ -39,7 +39,7 @@ def main(argv=None):
       help="checkpoint PyTorch's layers")
   add('--chunk', type=int, default=0,
       help='tokens whose logits PyTorch holds at once; 0 for all')
-  training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=1024)
+  training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=512)
   a = parser.parse_args(argv)
   case = training_step.make_case(a, 'derived')
   ours = training_step.Stepper(case.job.step, case)
@@ -85,6 +85,10 @@ class Other:
 
   def __call__(self):
     self.last = self._ask({})
+
+  def process_time(self) -> float:
+    """Processor seconds that it had used after its last step."""
+    return self.last.get('process_time', 0.0)
 
   def _ask(self, message):
     try:

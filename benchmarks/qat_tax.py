@@ -22,7 +22,7 @@ def main(argv=None):
   parser.add_argument(
       '--mode', default='derived', choices=training_step.MODES
   )
-  training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=2048)
+  training_step.add_flags(parser, layers=6, vocabulary=16_384, tokens=1024)
   a = parser.parse_args(argv)
   steppers = []
   for mode in (a.mode, None):

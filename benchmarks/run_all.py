@@ -169,12 +169,13 @@ def render(
       '',
       'Written by `make bench` (`benchmarks/run_all.py`). Ours and other are',
       'medians, measured in turn in one run; the ratio is the median over the',
-      'rounds, their range in brackets. Temporaries are those of the compiled',
-      'programs, beside arguments and results.',
+      'rounds, their range in brackets; on a CPU also of processor time, which',
+      'other work on the machine disturbs less. Temporaries are those of the',
+      'compiled programs, beside arguments and results.',
       '',
-      _line('claim', 'shapes', 'device', 'ours', 'other', 'ours / other',
-            'goal', 'temporaries, GB'),
-      _line(*['---'] * 3, *['---:'] * 3, '---', '---:'),
+      _line('claim', 'shapes', 'device', 'ours', 'other', 'ratio',
+            'of processor time', 'goal', 'temporaries, GB'),
+      _line(*['---'] * 3, *['---:'] * 4, '---', '---:'),
       *rows,
       '',
   ))
@@ -203,12 +204,12 @@ def is_met(goal: str, ratio: float) -> bool:
 
 def _row(b, on, command, goal, outcome):
   if outcome is None:
-    return _line(b.claim, f'not measured: `{command}`', on.upper(), '', '', '',
-                 goal, '')
+    return _line(b.claim, f'not measured: `{command}`', on.upper(),
+                 *[''] * 4, goal, '')
   if 'failed' in outcome:
     why = ' '.join(outcome['failed'].split()).replace('|', '\\|')
-    return _line(b.claim, f'failed: `{command}`: {why}', on.upper(), '', '',
-                 '', goal, '')
+    return _line(b.claim, f'failed: `{command}`: {why}', on.upper(),
+                 *[''] * 4, goal, '')
   o = outcome
   ratio = f'{o["ratio"]:.3g}'
   if 'ratio_range' in o:
@@ -221,7 +222,8 @@ def _row(b, on, command, goal, outcome):
   )
   return _line(
       b.claim, o['shapes'], o['device'], f'{o["ours"]:.4g} {o["unit"]}',
-      f'{o["other"]:.4g} {o["unit"]}', ratio, goal, temporaries,
+      f'{o["other"]:.4g} {o["unit"]}', ratio,
+      f'{o["cpu_ratio"]:.3g}' if 'cpu_ratio' in o else '', goal, temporaries,
   )
 
 
