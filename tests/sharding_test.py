@@ -94,3 +94,19 @@ def test_every_real_size_fits_eight_way_fsdp_with_whole_blocks():
         refused.add(config.variant)
   # Their widths hold 2, 20 and 36 blocks; they are small enough for one device.
   assert refused == {'tiny', '270m', '1b'}
+
+
+@pytest.mark.parametrize('sizes', [
+    {}, {'fsdp': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2},
+])
+def test_one_process_reads_all_rows(sizes):
+  sizes = {'data': 1} | sizes if sizes else sizes
+  assert sharding.share(sharding.make_mesh(**sizes), 8) == (0, 1)
+
+
+def test_activations_are_put_where_the_table_says():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  constrain = sharding.make_constrain(mesh)
+  run = jax.jit(lambda x: constrain(x, ('batch', 'length', 'mlp')))
+  placed = run(np.zeros((8, 3, 4), np.float32))
+  assert {s.data.shape for s in placed.addressable_shards} == {(2, 3, 2)}

@@ -25,6 +25,8 @@ from gemma_qat.training import settings
 
 Flat = Mapping[str, Any]
 
+# One program for each shape: operation by operation tiny takes a minute.
+_init_node = jax.jit(lattice.init_node, static_argnums=(1, 2, 3))
 # The parts of a node, by mode; the other modes' nodes are plain arrays.
 _PARTS = {'codes': ('codes', 'scale'), 'learned': ('master', 'scale')}
 
@@ -96,7 +98,7 @@ def init_student(
       codes, scale = _coordinated(leaf, specs[path], gram, start, fmt)
       tree[path] = _node(leaf, fmt, mode, contraction, codes, scale)
     else:
-      tree[path] = lattice.init_node(leaf, fmt, mode, contraction)
+      tree[path] = _init_node(leaf, fmt, mode, contraction)
     on_weight(path)
   return traverse_util.unflatten_dict(tree, sep='/')
 

@@ -107,3 +107,19 @@ def test_one_part_needs_no_gathering():
   assert gathering.make_gather(
       intercept, {}, sharding.make_mesh(data=8), CONFIG, 'codes', jnp.float32
   ) is intercept
+
+
+@pytest.mark.parametrize('mode', ['codes', 'learned', 'derived'])
+@pytest.mark.parametrize('name', SHAPES)
+def test_fake_quantization_moves_nothing_between_devices(mesh, name, mode):
+  entry, node = _node(mesh, name, mode, 'q4_0')
+  plain, _ = _gather(mesh, name, entry, 'weights')
+
+  def value_and_gradient(node, direction):
+    weight, pull_back = jax.vjp(plain, node)
+    return weight, pull_back(direction)
+
+  where = sharding.named(mesh, AXES[name])
+  direction = jax.device_put(np.ones(SHAPES[name], np.float32), where)
+  compiled = jax.jit(value_and_gradient).lower(node, direction).compile()
+  assert not compiled_lib.read(compiled.as_text()).collectives
