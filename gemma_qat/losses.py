@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 
 P = jax.sharding.PartitionSpec
-# Logits that exist at once take no more than this, in bytes.
+# What is kept of logits at a time takes no more than this, in bytes.
 _LARGEST = 2**31
 
 
@@ -53,15 +53,16 @@ def linear_kl(
 ):
   """Forward KL(teacher || student) over the whole vocabulary.
 
-  Goes through the vocabulary once, block by block, with running maxima and
-  sums as flash attention has them. When it is differentiated, the same pass
-  also sums the probability-weighted rows of the head, whose difference is the
-  gradient w.r.t. the hidden states: four products with a head in all, no
-  logits kept or computed again, each block of the head read once. Only a
-  trained head needs a second pass, for its own gradient.
+  Goes through the vocabulary block by block, for as many tokens at a time as
+  memory allows. When it is differentiated, the first pass keeps the
+  exponentials of the logits, a block at its own maximum, in `dtype`; a second
+  one weighs the rows of the head with the difference of the probabilities,
+  which is the gradient w.r.t. the hidden states: three products in all, no
+  logits computed again. Only a trained head computes them once more, for its
+  own gradient.
 
   On a mesh every device goes through its part of the vocabulary with its part
-  of the tokens; the sums are merged once, at the end.
+  of the tokens; what they found is merged once for all blocks.
 
   Args:
     student: [T, D] hidden states after the final norm.
@@ -70,8 +71,8 @@ def linear_kl(
       that: a quantized head is dequantized one block at a time.
     teacher_head: [V, D']; gets no gradient.
     rows: part of `student_head`, some rows of each array -> [rows, D].
-    block: vocabulary entries whose logits exist at once, 8 T bytes each;
-      chosen by `choose_block` when None.
+    block: vocabulary entries that one round reads; chosen by `choose_block`
+      when None.
     dtype: of the operands of the products; all else is float32.
     train_head: whether `student_head` gets a gradient.
     placement: how all of it lies on several devices.
@@ -93,8 +94,8 @@ def linear_kl(
 def choose_block(tokens: int, width: int) -> int:
   """Says how many vocabulary entries to take at a time.
 
-  A block costs one reading and writing of the sums, 2 x [T, D], beside its
-  logits, 2 x [T, block]: from three times the width on the former are the
+  A block costs one reading and writing of the gradient, [T, D], beside its
+  exponentials, 2 x [T, block]: from three times the width on the former is the
   smaller part. More only takes memory.
 
   Args:
@@ -105,6 +106,19 @@ def choose_block(tokens: int, width: int) -> int:
   while block > 512 and 8 * tokens * block > _LARGEST:
     block //= 2
   return block
+
+
+def choose_tokens(tokens: int, vocabulary: int, dtype) -> int:
+  """Says for how many tokens at a time exponentials are kept.
+
+  Args:
+    tokens: T, on one device.
+    vocabulary: entries on one device.
+    dtype: what the exponentials are kept in.
+  """
+  kept = 2 * vocabulary * jnp.dtype(dtype).itemsize
+  rounds = -(-tokens * kept // _LARGEST)
+  return max(-(-tokens // rounds), min(tokens, 128))
 
 
 def kl_from_logits(student_logits, teacher_logits):
@@ -129,19 +143,17 @@ def masked_mean(values, mask):
 
 
 class _Sums(NamedTuple):
-  """Sums over the vocabulary so far; e = exp(logit - running maximum).
+  """Sums over some of the vocabulary; e = exp(logit - maximum).
 
-  Row 0 of the first axis is the student's, row 1 the teacher's.
+  Row 0 of the second to last axis is the student's, row 1 the teacher's.
 
-  maximum [2, T]; mass [2, T]: of e; gap [T]: of the teacher's e times
-  (teacher's - student's logit); rows [2, T, D]: of e times the student head's
-  row, None when no gradient is wanted.
+  maximum [..., 2, T]; mass [..., 2, T]: of e; gap [..., T]: of the teacher's e
+  times (teacher's - student's logit).
   """
 
   maximum: jax.Array
   mass: jax.Array
   gap: jax.Array
-  rows: jax.Array | None
 
 
 class _How(NamedTuple):
@@ -159,27 +171,38 @@ class _How(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _linear_kl(student, teacher, head, teacher_head, how):
   def value(*operands):
-    sums = _merge(_pass(*operands, how, with_rows=False), how)
-    return _kl(sums)
+    found = _read(*operands, how, keep=False)
+    return _kl(_merge(_total([sums for sums, _ in found]), how))
 
   value = _on_mesh(value, how, head, lambda tokens: P(tokens))
   return value(student, teacher, head, teacher_head)
 
 
 def _forward(student, teacher, head, teacher_head, how):
-  def value_and_slope(*operands):
-    sums = _pass(*operands, how, with_rows=True)
-    merged = _merge(sums, how)
-    share = jnp.exp(sums.maximum - merged.maximum) / merged.mass
-    mean = sums.rows * share[..., None]
-    # Difference first: one sum over the devices of [T, D], not two.
-    slope = _sum_over_vocabulary(mean[0] - mean[1], how)
-    log_z = merged.maximum + jnp.log(merged.mass)
-    return _kl(merged), slope.astype(operands[0].dtype), log_z
+  def some_tokens(student, teacher, heads):
+    found = _read(student, teacher, *heads, how, keep=True)
+    sums = _merge(_total([sums for sums, _ in found]), how)
+    log_z = _log_z(sums)
+    slope = _weigh(found, log_z, heads, student.shape, how)
+    slope = _sum_over_vocabulary(slope, how).astype(student.dtype)
+    return _kl(sums), slope, log_z.T
+
+  def value_and_slope(student, teacher, *heads):
+    size = choose_tokens(
+        len(student), len(heads[1]), how.dtype
+    )
+    out = [
+        lax.scan(lambda _, x: ((), some_tokens(*x, heads)), (), part)[1]
+        for part in _cut((student, teacher), size)
+    ]
+    flat = lambda *xs: jnp.concatenate(
+        [x.reshape(-1, *x.shape[2:]) for x in xs]
+    )
+    return jax.tree.map(flat, *out)
 
   value_and_slope = _on_mesh(
       value_and_slope, how, head,
-      lambda tokens: (P(tokens), P(tokens, None), P(None, tokens)),
+      lambda tokens: (P(tokens), P(tokens, None), P(tokens, None)),
   )
   kl, slope, log_z = value_and_slope(student, teacher, head, teacher_head)
   if not how.train_head:
@@ -204,7 +227,7 @@ def _backward(how, saved, g):
   gradient = _on_mesh(
       gradient, how, head,
       lambda tokens: _floats(_head_specs(head, how), _is_float(head)),
-      more=lambda tokens: (P(None, tokens), P(tokens)),
+      more=lambda tokens: (P(tokens, None), P(tokens)),
   )
   found = gradient(student, teacher, head, teacher_head, log_z, g)
   # None where a leaf is of whole numbers, which have no gradient.
@@ -219,44 +242,76 @@ def _backward(how, saved, g):
 _linear_kl.defvjp(_forward, _backward)
 
 
-def _pass(student, teacher, head, teacher_head, how, with_rows):
-  """Goes through this device's vocabulary once; returns the sums."""
-  student, teacher = student.astype(how.dtype), teacher.astype(how.dtype)
-  tokens, width = student.shape
-  sums = _Sums(
-      jnp.full((2, tokens), -jnp.inf), jnp.zeros((2, tokens)),
-      jnp.zeros((tokens,)),
-      jnp.zeros((2, tokens, width)) if with_rows else None,
-  )
+def _read(student, teacher, head, teacher_head, how, keep):
+  """Reads this device's vocabulary once.
 
-  def body(sums, heads):
+  Returns:
+    [(sums of each block [n, ...], exponentials [n, T, block] of the student
+    and of the teacher, in `dtype`, if they are to be kept)], one for each part
+    that `_cut` makes.
+  """
+  student, teacher = student.astype(how.dtype), teacher.astype(how.dtype)
+
+  def body(_, heads):
     node, teacher_rows = _gather(heads, how)
-    rows = how.rows(node).astype(how.dtype)
     # Student and teacher apart, not stacked: a tenth faster on a CPU.
-    s = _dot(student, rows, 1, 1)
+    s = _dot(student, how.rows(node).astype(how.dtype), 1, 1)
     t = _dot(teacher, teacher_rows.astype(how.dtype), 1, 1)
     both = lambda f, *pair: jnp.stack([f(x) for x in pair])
-    maximum = jnp.maximum(sums.maximum, both(lambda x: jnp.max(x, -1), s, t))
-    shrink = jnp.exp(sums.maximum - maximum)
+    maximum = both(lambda x: jnp.max(x, -1), s, t)
     e_s = jnp.exp(s - maximum[0][:, None])
     e_t = jnp.exp(t - maximum[1][:, None])
-    new = _Sums(
+    sums = _Sums(
         maximum,
-        sums.mass * shrink + both(lambda x: jnp.sum(x, -1), e_s, e_t),
-        sums.gap * shrink[1] + jnp.sum(e_t * (t - s), axis=-1),
-        None,
+        both(lambda x: jnp.sum(x, -1), e_s, e_t),
+        jnp.sum(e_t * (t - s), axis=-1),
     )
-    if with_rows:
-      more = both(lambda x: _dot(x.astype(how.dtype), rows, 1, 0), e_s, e_t)
-      new = new._replace(rows=sums.rows * shrink[..., None] + more)
-    return new, None
+    kept = (e_s.astype(how.dtype), e_t.astype(how.dtype)) if keep else None
+    return (), (sums, kept)
 
-  block = how.block or choose_block(tokens, width)
-  return _over_blocks(body, sums, (head, teacher_head), block)[0]
+  block = how.block or choose_block(*student.shape)
+  return [
+      lax.scan(body, (), part)[1]
+      for part in _cut((head, teacher_head), block)
+  ]
+
+
+def _weigh(found, log_z, heads, shape, how):
+  """Sums the head's rows times (student's - teacher's probability), [T, D]."""
+
+  def body(slope, x):
+    heads, (sums, (e_s, e_t)) = x
+    node, _ = _gather(heads, how)
+    share = jnp.exp(sums.maximum - log_z)[..., None]
+    p = e_s.astype(jnp.float32) * share[0] - e_t.astype(jnp.float32) * share[1]
+    rows = how.rows(node).astype(how.dtype)
+    return slope + _dot(p.astype(how.dtype), rows, 1, 0), None
+
+  slope = jnp.zeros(shape)
+  block = how.block or choose_block(*shape)
+  for part, kept in zip(_cut(heads, block), found, strict=True):
+    slope, _ = lax.scan(body, slope, (part, kept))
+  return slope
+
+
+def _total(parts):
+  """Adds up the sums of blocks, which stand on the leading axes."""
+  sums = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+  maximum = jnp.max(sums.maximum, axis=0)
+  shrink = jnp.exp(sums.maximum - maximum[None])
+  return _Sums(
+      maximum,
+      jnp.sum(sums.mass * shrink, axis=0),
+      jnp.sum(sums.gap * shrink[:, 1], axis=0),
+  )
+
+
+def _log_z(sums):
+  return sums.maximum + jnp.log(sums.mass)
 
 
 def _kl(sums):
-  log_z = sums.maximum + jnp.log(sums.mass)
+  log_z = _log_z(sums)
   return sums.gap / sums.mass[1] - log_z[1] + log_z[0]
 
 
@@ -265,23 +320,26 @@ def _head_gradient(student, teacher, head, teacher_head, log_z, g, how):
   student, teacher = student.astype(how.dtype), teacher.astype(how.dtype)
   is_float = _is_float(head)
 
-  def body(carry, heads):
+  def body(_, heads):
     node, teacher_rows = _gather(heads, how)
     floats = _floats(node, is_float)
     rows, pull_back = jax.vjp(
         lambda floats: how.rows(_with_floats(node, floats, is_float)), floats
     )
-    p = jnp.exp(_dot(student, rows.astype(how.dtype), 1, 1)
-                - log_z[0][:, None])
+    p = jnp.exp(_dot(student, rows.astype(how.dtype), 1, 1) - log_z[:, :1])
     t = _dot(teacher, teacher_rows.astype(how.dtype), 1, 1)
-    p -= jnp.exp(t - log_z[1][:, None])
+    p -= jnp.exp(t - log_z[:, 1:])
     p = (p * g[:, None]).astype(how.dtype)
     (found,) = pull_back(_dot(p.T, student, 1, 0).astype(rows.dtype))
     cut = [c for c, f in zip(how.is_cut, is_float) if f]
-    return carry, [_scatter(x, c, how) for x, c in zip(found, cut)]
+    return (), [_scatter(x, c, how) for x, c in zip(found, cut)]
 
   block = how.block or choose_block(*student.shape)
-  return _over_blocks(body, (), (head, teacher_head), block)[1]
+  out = [
+      lax.scan(body, (), part)[1] for part in _cut((head, teacher_head), block)
+  ]
+  flat = lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in xs])
+  return jax.tree.map(flat, *out)
 
 
 def _is_float(tree):
@@ -357,7 +415,7 @@ def _scatter(gradient, is_cut, how):
 
 
 def _merge(sums, how):
-  """Adds up what the parts of the vocabulary found; rows are left out."""
+  """Adds up what the parts of the vocabulary found."""
   if how.placement is None:
     return sums
   axis = how.placement.vocabulary
@@ -367,7 +425,6 @@ def _merge(sums, how):
       maximum,
       lax.psum(sums.mass * shrink, axis),
       lax.psum(sums.gap * shrink[1], axis),
-      None,
   )
 
 
@@ -375,18 +432,22 @@ def _sum_over_vocabulary(x, how):
   return x if how.placement is None else lax.psum(x, how.placement.vocabulary)
 
 
-def _over_blocks(body, carry, arrays, block):
-  """Scans body over blocks of leading rows; the last may be smaller."""
+def _cut(arrays, size):
+  """Cuts leading axes into pieces of `size`, the last of which may be smaller.
+
+  Returns:
+    Trees with the pieces on a new leading axis; two if there is a remainder.
+  """
   length = len(jax.tree.leaves(arrays)[0])
-  block = min(block, length)
-  whole = length // block * block
-  cut = lambda x: x[:whole].reshape(-1, block, *x.shape[1:])
-  carry, out = lax.scan(body, carry, jax.tree.map(cut, arrays))
-  out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out)
+  size = min(size, length)
+  whole = length // size * size
+  pieces = lambda x, size: x.reshape(-1, size, *x.shape[1:])
+  parts = [jax.tree.map(lambda x: pieces(x[:whole], size), arrays)]
   if whole < length:
-    carry, rest = body(carry, jax.tree.map(lambda x: x[whole:], arrays))
-    out = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), out, rest)
-  return carry, out
+    parts.append(
+        jax.tree.map(lambda x: pieces(x[whole:], length - whole), arrays)
+    )
+  return parts
 
 
 def _dot(x, y, axis_x, axis_y):

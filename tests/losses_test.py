@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat import compiled
 from gemma_qat import losses
 
 T, D, V = 13, 24, 640
@@ -263,16 +264,15 @@ def test_a_mesh_gathers_a_head_block_by_block_and_sums_once():
   kl = functools.partial(
       losses.linear_kl, block=128, dtype=jnp.float32, placement=placement
   )
-  compiled = jax.jit(jax.grad(lambda *a: jnp.sum(kl(*a)))).lower(
+  program = jax.jit(jax.grad(lambda *a: jnp.sum(kl(*a)))).lower(
       shape(hidden, 64, 32), shape(hidden, 64, 32),
       shape(head, 4096, 32), shape(head, 4096, 32),
-  ).compile().as_text()
-  gathered = [
-      line.split('=')[1].split('all-gather')[0]
-      for line in compiled.splitlines() if ' all-gather(' in line
-  ]
-  # Two blocks of 128 words, one a head; never the 1,024 words of a device.
-  assert gathered and not any('1024' in shape for shape in gathered)
-  # The [T, D] slope is summed over the devices outside of the loop.
-  assert not any('[32,32]' in line for line in compiled.splitlines()
-                 if ' all-reduce(' in line and '/while/' in line)
+  ).compile()
+  moved = compiled.read(program.as_text()).collectives
+  gathers = [c for c in moved if c.kind == 'all-gather']
+  # A device's 1,024 words in 8 blocks of 128; both heads, the student's twice.
+  assert {c.whole_bytes for c in gathers} == {128 * 32 * 4}
+  assert sum(c.times for c in gathers) == 3 * 8
+  # The slope [32, 32] is summed over the devices once.
+  slopes = [c for c in moved if c.kind == 'all-reduce' and c.whole_bytes == 4096]
+  assert [c.times for c in slopes] == [1]

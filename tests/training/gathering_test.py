@@ -1,13 +1,13 @@
 """Weights travel as codes and scales, and nothing changes."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat import compiled as compiled_lib
 from gemma_qat import sharding
 from gemma_qat.model import config as model_config
 from gemma_qat.quant import formats
@@ -80,14 +80,11 @@ def test_gathered_weights_and_their_gradients_are_the_same_bits(
 
 def _gathered_bytes(compiled):
   """Bytes that each device has after the all-gathers of a program."""
-  sizes = {'u8': 1, 's8': 1, 'u16': 2, 'bf16': 2, 'f32': 4, 'u32': 4, 's32': 4}
-  total = 0
-  for line in compiled.as_text().splitlines():
-    if ' all-gather(' in line:
-      for dtype, shape in re.findall(r'(\w+)\[([\d,]+)\]', line.split('=')[1]
-                                     .split(' all-gather(')[0]):
-        total += sizes[dtype] * int(np.prod([int(n) for n in shape.split(',')]))
-  return total
+  return sum(
+      c.whole_bytes * c.times
+      for c in compiled_lib.read(compiled.as_text()).collectives
+      if c.kind == 'all-gather'
+  )
 
 
 @pytest.mark.parametrize('mode', ['codes', 'learned', 'derived'])
