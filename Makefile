@@ -1,6 +1,8 @@
 # make qat: set up and run the main job. make test: set up and test.
 # make consumers: install llama.cpp, transformers, mlx-lm and gemma, each in an
 # environment of its own, and check that they read what is exported.
+# make bench: measure what benchmarks/ claims; with TORCH_PYTHON=PATH (a Python
+# that has torch, torchao and transformers) against PyTorch, too.
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/270m
@@ -8,8 +10,11 @@ CONFIG ?= experiments/configs/gemma3_270m_cpu.py
 # Where the consumers' environments go; more flags of check.py, such as --only=.
 CONSUMERS ?= .venv-consumers
 CHECK ?=
+# More flags of benchmarks/run_all.py, such as --only=qat_tax or --on=gpu.
+TORCH_PYTHON ?=
+BENCH ?=
 
-.PHONY: qat test lint consumers clean
+.PHONY: qat test lint consumers bench clean
 
 qat: $(VENV)/.installed
 	$(VENV)/bin/gemma-qat run --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -24,6 +29,10 @@ consumers: $(VENV)/.installed $(CONSUMERS)/llama.cpp-source/.installed \
     $(foreach c,llama.cpp transformers mlx gemma,$(CONSUMERS)/$(c)/.installed)
 	$(VENV)/bin/python experiments/consumers/check.py \
 	    --venvs=$(CONSUMERS) $(CHECK)
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.run_all \
+	    $(if $(TORCH_PYTHON),--torch_python=$(TORCH_PYTHON)) $(BENCH)
 
 # Without GGML_NATIVE=OFF, quantized models die of illegal instructions on some
 # virtual machines. llama.cpp takes about 9 minutes to build, once.

@@ -53,18 +53,84 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
   )
 
 
-def partition_spec(axes: Sequence[str]) -> jax.sharding.PartitionSpec:
+def partition_spec(axes: Sequence[str | None]) -> jax.sharding.PartitionSpec:
   """Maps logical axis names to a PartitionSpec."""
   return jax.sharding.PartitionSpec(*(RULES.get(a) for a in axes))
 
 
-def named(mesh, axes: Sequence[str]) -> jax.sharding.NamedSharding:
+def named(mesh, axes: Sequence[str | None]) -> jax.sharding.NamedSharding:
   """Returns the sharding of an array with these logical axes."""
   return jax.sharding.NamedSharding(mesh, partition_spec(axes))
 
 
 def replicated(mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def share(mesh, rows: int) -> tuple[int, int]:
+  """Says which part of a batch's rows the devices of this process hold.
+
+  Args:
+    mesh: of the devices of all processes.
+    rows: of the whole batch.
+
+  Returns:
+    (index, count) of the part; processes that hold copies of the same rows
+    have the same index.
+
+  Raises:
+    UserError: the mesh deals the rows out unevenly.
+  """
+  where = named(mesh, ('batch', None))
+  held = where.addressable_devices_indices_map((rows, 1))
+  spans = {index[0].indices(rows)[:2] for index in held.values()}
+  start, stop = min(a for a, _ in spans), max(b for _, b in spans)
+  size = stop - start
+  if sum(b - a for a, b in spans) != size or rows % size or start % size:
+    raise errors.UserError(
+        f'config.mesh gives this process rows {sorted(spans)} of a batch of '
+        f'{rows}, no part that all processes can have alike: let data x fsdp '
+        'be a multiple of the number of processes, or divide it.'
+    )
+  return start // size, rows // size
+
+
+def make_constrain(mesh):
+  """Returns constrain(x, logical axes), which places activations on a mesh."""
+  def constrain(x, axes):
+    return jax.lax.with_sharding_constraint(x, named(mesh, axes))
+  return constrain
+
+
+def of_statistics(
+    parameter: jax.sharding.NamedSharding,
+    shape: Sequence[int],
+    kept: Sequence[int],
+) -> jax.sharding.NamedSharding:
+  """Says where an array lies that is kept of each parameter, and cut like it.
+
+  Its axes are the parameter's (moments; scales, whose last axis counts blocks)
+  or all of them but one (sums over an axis). An axis that does not split into
+  the parameter's parts stays whole, and so does what fits neither way.
+
+  Args:
+    parameter: where the parameter lies.
+    shape: of the parameter.
+    kept: the array's shape.
+  """
+  mesh, shape, kept = parameter.mesh, tuple(shape), tuple(kept)
+  spec = tuple(parameter.spec)
+  spec += (None,) * (len(shape) - len(spec))
+  without = lambda x, i: x[:i] + x[i + 1 :]
+  specs = {spec} if len(kept) == len(shape) else {
+      without(spec, i) for i in range(len(shape)) if without(shape, i) == kept
+  }
+  if len(specs) != 1:
+    return replicated(mesh)
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(
+      axes if size % _parts(mesh, axes) == 0 else None
+      for size, axes in zip(kept, specs.pop())
+  )))
 
 
 def check(
@@ -83,9 +149,8 @@ def check(
     UserError: names the weight, the axis and the sizes that work.
   """
   for i, (size, axis) in enumerate(zip(shape, axes)):
-    mesh_axes = RULES.get(axis) or ()
-    mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-    parts = int(np.prod([mesh.shape[a] for a in mesh_axes], dtype=int))
+    mesh_axes = _names(RULES.get(axis))
+    parts = _parts(mesh, mesh_axes)
     unit = block if i == len(shape) - 1 else 1
     if size % (parts * unit):
       whole = size // unit
@@ -95,3 +160,12 @@ def check(
           f'{name}: axis {axis!r} of {size} does not split into {parts} equal '
           f'{what}; choose config.mesh {"*".join(mesh_axes)} among {works}.'
       )
+
+
+def _parts(mesh, mesh_axes):
+  """How many parts an axis is cut into by one entry of a PartitionSpec."""
+  return int(np.prod([mesh.shape[a] for a in _names(mesh_axes)], dtype=int))
+
+
+def _names(mesh_axes):
+  return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()

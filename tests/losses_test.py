@@ -188,3 +188,91 @@ def test_compiled_memory_is_a_fraction_of_that_of_all_logits(train_head):
   blocked = temporary_bytes(_blocked(1024, train_head=train_head))
   # Two arrays of logits are 134 MB; two blocks of them 8.4 MB.
   assert blocked < 0.1 * temporary_bytes(_plain)
+
+
+def _quantized_head(head):
+  """A head as codes and scales of 8 columns, and what makes rows of them."""
+  cut = head.reshape(len(head), -1, 8)
+  scale = np.abs(cut).max(-1) / np.float32(7)
+  codes = np.round(cut / scale[..., None]).astype(np.int8)
+
+  def rows(node):
+    levels = node['codes'].reshape(*node['scale'].shape, 8)
+    return (levels * node['scale'][..., None]).reshape(node['codes'].shape)
+
+  return {'codes': codes.reshape(head.shape), 'scale': scale}, rows
+
+
+@pytest.mark.parametrize('sizes', [
+    None, (8, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1),
+], ids=str)
+@pytest.mark.parametrize('train_head', [False, True])
+@pytest.mark.parametrize('is_quantized', [False, True])
+def test_on_any_mesh_values_and_gradients_are_the_same(
+    sizes, train_head, is_quantized
+):
+  student, teacher, head, teacher_head = _inputs(tokens=16, width=64)
+  node, rows = _quantized_head(head) if is_quantized else (head, losses.as_it_is)
+  weights = np.linspace(-1, 2, len(student), dtype=np.float32)
+  placement = None
+  if sizes:
+    mesh = jax.make_mesh(
+        sizes, ('data', 'fsdp', 'tensor'),
+        axis_types=3 * (jax.sharding.AxisType.Auto,),
+    )
+    placement = losses.Placement(mesh, ('data', 'fsdp'), 'tensor', 'fsdp')
+
+  def loss(kl, student, node):
+    if is_quantized:
+      node = dict(node, codes=_quantized_head(head)[0]['codes'])
+    values = kl(student, teacher, node, teacher_head)
+    return jnp.sum(values * weights), values
+
+  ours = functools.partial(
+      losses.linear_kl, rows=rows, block=50, dtype=jnp.float32,
+      train_head=train_head, placement=placement,
+  )
+  plain = lambda s, t, node, u: losses.kl_from_logits(
+      s @ rows(node if train_head else jax.lax.stop_gradient(node)).T, t @ u.T
+  )
+  if is_quantized:
+    node = {'scale': node['scale']}
+  run = lambda kl: jax.jit(
+      jax.grad(functools.partial(loss, kl), (0, 1), has_aux=True)
+  )(student, node)
+  found, expected = run(ours), run(plain)
+  for x, y in zip(
+      jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(x, y, atol=3e-5 * max(1, np.abs(y).max()))
+
+
+def test_a_mesh_gathers_a_head_block_by_block_and_sums_once():
+  mesh = jax.make_mesh(
+      (1, 2, 4), ('data', 'fsdp', 'tensor'),
+      axis_types=3 * (jax.sharding.AxisType.Auto,),
+  )
+  placement = losses.Placement(mesh, ('data', 'fsdp'), 'tensor', 'fsdp')
+  where = lambda *axes: jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*axes)
+  )
+  hidden, head = where(('data', 'fsdp'), None), where('tensor', 'fsdp')
+  shape = lambda sharding, *s: jax.ShapeDtypeStruct(
+      s, jnp.float32, sharding=sharding
+  )
+  kl = functools.partial(
+      losses.linear_kl, block=128, dtype=jnp.float32, placement=placement
+  )
+  compiled = jax.jit(jax.grad(lambda *a: jnp.sum(kl(*a)))).lower(
+      shape(hidden, 64, 32), shape(hidden, 64, 32),
+      shape(head, 4096, 32), shape(head, 4096, 32),
+  ).compile().as_text()
+  gathered = [
+      line.split('=')[1].split('all-gather')[0]
+      for line in compiled.splitlines() if ' all-gather(' in line
+  ]
+  # Two blocks of 128 words, one a head; never the 1,024 words of a device.
+  assert gathered and not any('1024' in shape for shape in gathered)
+  # The [T, D] slope is summed over the devices outside of the loop.
+  assert not any('[32,32]' in line for line in compiled.splitlines()
+                 if ' all-reduce(' in line and '/while/' in line)

@@ -23,6 +23,6 @@ def load(checkpoint: checkpoints.Checkpoint, dtype: str = 'float32'):
   )
   model = transformer.Transformer(
       checkpoint.config, dtype=jnp.dtype(dtype), remat='none',
-      attention=settings.fast_attention(),
+      attention=settings.fast_attention(checkpoint.config, dtype),
   )
   return model, jax.tree.map(jnp.asarray, params)

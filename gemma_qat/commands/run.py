@@ -9,11 +9,13 @@ import time
 
 import ml_collections
 
+from gemma_qat import hosts
 from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
 from gemma_qat.commands import config_flags
 from gemma_qat.commands import evaluate
+from gemma_qat.commands import job_flags
 from gemma_qat.data import sources
 from gemma_qat.reporting import report as reporting
 from gemma_qat.reporting import tables
@@ -30,8 +32,13 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser('gemma-qat run', description=__doc__)
   parser.add_argument('--workdir', required=True, type=pathlib.Path,
                       help='receives everything; a stopped run goes on there')
+  job_flags.add(parser)
   arguments, config = config_flags.parse(parser, argv)
-  report, fidelities = run(config, arguments.workdir)
+  job_flags.apply(arguments)
+  found = run(config, arguments.workdir, arguments.profile)
+  if found is None:
+    return 0
+  report, fidelities = found
   workdir = arguments.workdir
   sizes = {n: report['bytes'].get(k) for n, k in
            (('base', 'base_bf16'), ('ptq', 'ptq'), ('qat', 'qat'))}
@@ -49,15 +56,21 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
+def run(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    profile: int = 0,
+):
   """Does the main job; goes on where the workdir stands.
 
   Args:
     config: see `experiments/configs/base.py`.
     workdir: receives the files named in this module.
+    profile: steps to trace, see `loop.train`.
 
   Returns:
-    (report as in report.json, llama.cpp's fidelities by model).
+    (report as in report.json, llama.cpp's fidelities by model); None in every
+    process but the first, which exports and evaluates alone.
 
   Raises:
     UserError, Stopped: as `loop.train`.
@@ -65,7 +78,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike):
   workdir = pathlib.Path(workdir)
   clock = _Clock(workdir)
   with clock.phase('train'):
-    step = loop.train(config, workdir)
+    step = loop.train(config, workdir, profile)
+  is_first = hosts.is_first()
+  hosts.leave()
+  if not is_first:
+    return None
   with clock.phase('export'):
     files, embedding = _export(config, workdir, step)
   text = evaluate.join(sources.load(config.evaluation.text))
@@ -175,7 +192,7 @@ class _Clock:
       # Export and evaluation are done anew, training goes on.
       before = self._seconds.get(name, 0.0) if name == 'train' else 0.0
       self._seconds[name] = before + spent
-      if self._path.parent.is_dir():
+      if hosts.is_first() and self._path.parent.is_dir():
         with atomic.whole_file(self._path) as temporary:
           pathlib.Path(temporary).write_text(
               json.dumps(self._seconds), encoding='utf-8'

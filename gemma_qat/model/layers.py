@@ -2,7 +2,8 @@
 
 Axis letters, the same in every einsum, docstring and comment of the project:
   B batch, L query positions, S key positions, D width, V vocabulary,
-  N query heads, K key/value heads, H head width, F MLP width.
+  N query heads, K key/value heads, G query heads a key/value head, H head
+  width, F MLP width.
 
 Pure functions of arrays. The residual stream and everything elementwise keep
 the dtype they come in; the operands of matrix products are cast to the
@@ -125,84 +126,6 @@ def rope(x, positions, base, scaling):
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (first * cos - second * sin, second * cos + first * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def visible(positions, key_positions, window):
-  """Says which keys each query may see: no later ones, none out of the window.
-
-  Args:
-    positions: int [B, L].
-    key_positions: int [B, S].
-    window: number of positions seen, the query's own included; None for all.
-
-  Returns:
-    bool [B, 1, L, S].
-  """
-  distance = positions[:, :, None] - key_positions[:, None, :]
-  mask = distance >= 0
-  if window is not None:
-    mask &= distance < window
-  return mask[:, None]
-
-
-def attention(q, k, v, window, dtype, implementation):
-  """Causal attention of a whole sequence, grouped-query heads.
-
-  Args:
-    q: [B, L, N, H], already scaled.
-    k: [B, L, K, H].
-    v: [B, L, K, H].
-    window: see `visible`; static, so that a flash kernel can skip blocks.
-    dtype: of the operands of the two products.
-    implementation: 'mapped' (one key/value head after the other, as plain
-      matrix products: on a CPU 4 times faster, backward included, than the
-      batched products of 'xla' in bfloat16), or one that
-      `jax.nn.dot_product_attention` knows ('xla', 'cudnn').
-
-  Returns:
-    float32 [B, L, N, H].
-  """
-  if implementation == 'mapped':
-    return _mapped_attention(q, k, v, window, dtype)
-  out = jax.nn.dot_product_attention(
-      q.astype(dtype), k.astype(dtype), v.astype(dtype),
-      scale=1.0,
-      is_causal=True,
-      local_window_size=None if window is None else (window - 1, 0),
-      implementation=implementation,
-  )
-  return out.astype(jnp.float32)
-
-
-def _mapped_attention(q, k, v, window, dtype):
-  b, l, n, h = q.shape
-  heads = k.shape[2]
-  positions = jnp.arange(l)[None]
-  mask = visible(positions, positions, window)[0]
-
-  def one_head(qkv):
-    q, k, v = qkv  # [N / K, L, H], [L, H], [L, H]
-    scores = contract(q, k, 1, dtype)
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-    return contract(weights, v.T, 1, dtype)
-
-  q = q.reshape(b, l, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
-  q = q.reshape(b * heads, n // heads, l, h)
-  flat = lambda x: x.transpose(0, 2, 1, 3).reshape(b * heads, l, h)
-  out = lax.map(one_head, (q, flat(k), flat(v)))
-  out = out.reshape(b, heads, n // heads, l, h).transpose(0, 3, 1, 2, 4)
-  return out.reshape(b, l, n, h)
-
-
-def cached_attention(q, k, v, mask, dtype):
-  """Attention over a key/value cache with an explicit mask.
-
-  Shapes as in `attention`, with k, v [B, S, K, H] and mask [B, 1, L, S].
-  """
-  out = jax.nn.dot_product_attention(
-      q.astype(dtype), k.astype(dtype), v.astype(dtype), mask=mask, scale=1.0
-  )
-  return out.astype(jnp.float32)
 
 
 def gelu(x):

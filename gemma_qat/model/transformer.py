@@ -14,17 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from gemma_qat import errors
+from gemma_qat.model import attention
 from gemma_qat.model import config as model_config
 from gemma_qat.model import layers
 from gemma_qat.model import weights
 
 Intercept = Callable[[str, Any], jax.Array]
+Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
 
 def identity(path: str, leaf: Any) -> jax.Array:
   """Hands every weight through as it is stored."""
   del path
   return leaf
+
+
+def unconstrained(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Leaves it to the compiler where activations lie."""
+  del axes
+  return x
 
 
 # What a rematerialised layer keeps for the backward pass.
@@ -40,17 +48,21 @@ class Transformer(nn.Module):
 
   Attributes:
     config: the sizes.
-    intercept: what every weight passes through; see the module docstring.
+    intercept: what every weight passes through; see the module docstring. Of
+      the embedding only the rows of the batch's tokens do.
+    constrain: constrain(x, logical axes) says where activations lie on a mesh;
+      their axes are batch, length, width, heads, kv_heads, head_dim, mlp.
     dtype: of the operands of matrix products (accumulated in float32).
     residual_dtype: of the residual stream.
     remat: a name in REMAT_POLICIES.
-    attention: see `layers.attention`.
+    attention: see `attention.attend`.
     round_embedding_multiplier: round sqrt(D) to bfloat16, as the original
       implementation does; llama.cpp does not.
   """
 
   config: model_config.ModelConfig
   intercept: Intercept = identity
+  constrain: Constrain = unconstrained
   dtype: Any = jnp.bfloat16
   residual_dtype: Any = jnp.float32
   remat: str = 'full'
@@ -75,11 +87,12 @@ class Transformer(nn.Module):
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     settings = _Settings(
-        c, self.intercept, self.dtype, self.remat, self.attention
+        c, self.intercept, self.constrain, self.dtype, self.remat,
+        self.attention,
     )
     outer = weights.outer_specs(c)
-    table = _weight(self, settings, '', 'embedding', outer)
-    x = jnp.take(table, tokens, axis=0).astype(self.residual_dtype)
+    x = _weight(self, settings, '', 'embedding', outer, rows=tokens)
+    x = self.constrain(x.astype(self.residual_dtype), _STREAM)
     multiplier = jnp.float32(c.embedding_multiplier)
     if self.round_embedding_multiplier:
       multiplier = multiplier.astype(jnp.bfloat16)
@@ -105,12 +118,19 @@ class Transformer(nn.Module):
     return x if cache is None else (x, new_cache)
 
 
+_STREAM = ('batch', 'length', 'width')
+_HEADS = ('batch', 'length', 'heads', 'head_dim')
+_KV_HEADS = ('batch', 'length', 'kv_heads', 'head_dim')
+_MLP = ('batch', 'length', 'mlp')
+
+
 @dataclasses.dataclass(frozen=True)
 class _Settings:
   """What every layer needs to know of the model around it."""
 
   config: model_config.ModelConfig
   intercept: Intercept
+  constrain: Constrain
   dtype: Any
   remat: str
   attention: str
@@ -154,17 +174,21 @@ class _Block(nn.Module):
     c, dtype = self.settings.config, self.settings.dtype
     specs = weights.layer_specs(c)
     w = {n: _weight(self, self.settings, self.prefix, n, specs) for n in specs}
+    put = self.settings.constrain
+
     def product(y, name):
       if self.is_mutable_collection('gram'):
         self.sow('gram', name, layers.gram(y, specs[name].contraction),
                  init_fn=lambda: 0.0, reduce_fn=lambda old, new: old + new)
       return layers.contract(y, w[name], specs[name].contraction, dtype)
+
     norm = lambda y, name: layers.rms_norm(y, w[name], c.norm_epsilon)
 
+    x = put(x, _STREAM)
     y = norm(x, 'attn_pre_norm')
-    q = norm(product(y, 'attn_q'), 'attn_q_norm')
-    k = norm(product(y, 'attn_k'), 'attn_k_norm')
-    v = product(y, 'attn_v')
+    q = norm(put(product(y, 'attn_q'), _HEADS), 'attn_q_norm')
+    k = norm(put(product(y, 'attn_k'), _KV_HEADS), 'attn_k_norm')
+    v = put(product(y, 'attn_v'), _KV_HEADS)
     is_global = c.is_global(self.index)
     base = c.rope_base_global if is_global else c.rope_base_local
     scaling = c.rope_scaling if is_global else 1.0
@@ -172,18 +196,17 @@ class _Block(nn.Module):
     q = layers.rope(q, positions, base, scaling) * c.query_scale
     k = layers.rope(k, positions, base, scaling)
     if cache is None:
-      y = layers.attention(
-          q, k, v, window, dtype, self.settings.attention
-      )
+      y = attention.attend(q, k, v, window, dtype, self.settings.attention)
     else:
       cache, mask = _extend(cache, k, v, positions, window)
-      y = layers.cached_attention(q, cache['k'], cache['v'], mask, dtype)
-    y = product(y, 'attn_o').astype(x.dtype)
+      y = attention.attend_cached(q, cache['k'], cache['v'], mask, dtype)
+    y = put(product(put(y, _HEADS), 'attn_o').astype(x.dtype), _STREAM)
     x += norm(y, 'attn_post_norm')
 
     y = norm(x, 'mlp_pre_norm')
-    y = layers.gelu(product(y, 'mlp_gate')) * product(y, 'mlp_up')
-    y = product(y, 'mlp_down').astype(x.dtype)
+    gate, up = (put(product(y, n), _MLP) for n in ('mlp_gate', 'mlp_up'))
+    y = layers.gelu(gate) * up
+    y = put(product(y, 'mlp_down').astype(x.dtype), _STREAM)
     x += norm(y, 'mlp_post_norm')
     return x, cache
 
@@ -229,8 +252,8 @@ def remat_policy(name: str):
   return REMAT_POLICIES[name]
 
 
-def _weight(module, settings, prefix, name, specs) -> jax.Array:
-  """Declares a weight and returns it intercepted.
+def _weight(module, settings, prefix, name, specs, rows=None) -> jax.Array:
+  """Declares a weight and returns it, or some of its rows, intercepted.
 
   Reads the variable itself instead of calling `Module.param` on it, since that
   insists on a single array of the declared shape, and what stands in for a
@@ -238,10 +261,13 @@ def _weight(module, settings, prefix, name, specs) -> jax.Array:
   """
   spec = specs[name]
   if module.is_initializing():
-    return module.param(name, _initializer(spec), spec.shape)
+    leaf = module.param(name, _initializer(spec), spec.shape)
+    return leaf if rows is None else jnp.take(leaf, rows, axis=0)
   leaf = module.get_variable('params', name)
   if leaf is None:
     raise errors.UserError(f'The weight {prefix}{name} is missing.')
+  if rows is not None:
+    leaf = jax.tree.map(lambda x: jnp.take(x, rows, axis=0), leaf)
   return settings.intercept(prefix + name, leaf)
 
 
@@ -262,4 +288,4 @@ def _extend(cache, k, v, positions, window):
   keys = jnp.broadcast_to(
       jnp.arange(cache['k'].shape[1]), (k.shape[0], cache['k'].shape[1])
   )
-  return cache, layers.visible(positions, keys, window)
+  return cache, attention.visible(positions, keys, window)

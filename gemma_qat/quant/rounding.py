@@ -61,6 +61,41 @@ def round_to_both(x: jax.Array) -> jax.Array:
   return round_to_float16(round_to_bfloat16(x))
 
 
+def float16_bits(x: jax.Array) -> jax.Array:
+  """Returns the bits of float32 numbers that float16 holds exactly.
+
+  By integer arithmetic: casts of subnormals are flushed on some backends, and
+  pairs of casts dropped.
+
+  Args:
+    x: float32, float16 values; no NaN.
+
+  Returns:
+    uint16 of the same shape.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  size = bits & 0x7FFFFFFF
+  magnitude = lax.bitcast_convert_type(size, jnp.float32)
+  # 112: the biases of the exponents are 127 and 15.
+  normal = (size >> 13) - (112 << 10)
+  subnormal = (magnitude / _SUBNORMAL_STEP).astype(jnp.uint32)
+  y = jnp.where(magnitude < _SMALLEST_NORMAL, subnormal, normal)
+  y = jnp.where(jnp.isinf(magnitude), 0x7C00, y)
+  return (y | ((bits >> 16) & 0x8000)).astype(jnp.uint16)
+
+
+def from_float16_bits(bits: jax.Array) -> jax.Array:
+  """Undoes `float16_bits`: uint16 to float32 of the same shape."""
+  bits = bits.astype(jnp.uint32)
+  size = bits & 0x7FFF
+  normal = lax.bitcast_convert_type(
+      (size << 13) + (112 << 23), jnp.float32
+  )
+  y = jnp.where(size < 0x400, size.astype(jnp.float32) * _SUBNORMAL_STEP, normal)
+  y = jnp.where(size >= 0x7C00, jnp.inf, y)
+  return jnp.where(bits >> 15 == 1, -y, y)
+
+
 def divide(x: jax.Array, divisor: float) -> jax.Array:
   """Divides x >= 0 by a constant with one rounding, as IEEE and C do.
 

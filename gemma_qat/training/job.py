@@ -6,8 +6,9 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from gemma_qat import hosts
+from gemma_qat import losses
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.model import config as model_config
@@ -15,6 +16,7 @@ from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.quant import lattice
 from gemma_qat.training import calibration
+from gemma_qat.training import gathering
 from gemma_qat.training import metrics
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import saving
@@ -26,15 +28,15 @@ from gemma_qat.training import student as student_lib
 class Program(NamedTuple):
   """The compiled functions of a run.
 
-  step(state, settled, teacher, batch) -> (state, metrics), the state donated;
+  init(trained) -> state; step(state, settled, teacher, batch) -> (state, metrics), the state donated;
   score(trained, settled, teacher, batch) -> mean KL in nats; schedule(step) ->
-  learning rate; optimizer: what `step` applies.
+  learning rate.
   """
 
+  init: Callable[..., step_lib.State]
   step: Callable[..., Any]
   score: Callable[..., jax.Array]
   schedule: Callable[[int], Any]
-  optimizer: optax.GradientTransformation
 
 
 class Job(NamedTuple):
@@ -49,39 +51,64 @@ class Job(NamedTuple):
   settled: dict[str, Any]
   teacher: dict[str, Any]
   program: Program
+  trains_head: bool
 
 
 def make_program(
     s: settings.Settings,
+    mesh: jax.sharding.Mesh,
     config: model_config.ModelConfig,
     plan: Mapping[str, Any],
     groups: Mapping[str, str],
+    trained: Mapping[str, Any],
 ) -> Program:
   """Builds the functions of a run; nothing is compiled or allocated yet.
 
   Args:
     s: the settings.
+    mesh: the devices.
     config: the sizes.
     plan: from `student.settle`: what the step sees.
     groups: from `student.groups`.
+    trained: the trained leaves, arrays or descriptions, on the mesh.
   """
   optimizer = optimizer_lib.make_optimizer(s.optimizer, s.train.steps, groups)
+  is_alone = mesh.size == 1
+
+  def model(intercept, plan):
+    if is_alone:
+      return settings.make_model(config, s.compute, intercept)
+    gather = gathering.make_gather(
+        intercept, plan, mesh, config, s.mesh.gather, s.compute.dtype
+    )
+    return settings.make_model(
+        config, s.compute, gather, constrain=sharding.make_constrain(mesh)
+    )
+
   loss = step_lib.make_loss(
-      settings.make_model(config, s.compute, lattice.make_intercept(plan)),
-      settings.make_model(config, s.compute, transformer.identity),
-      s.compute.kl_block,
-      train_head=any(p.split('/')[0] == 'embedding' for p in groups),
-  )
-  score = lambda trained, settled, teacher, batch: loss(
-      student_lib.join(trained, settled), teacher, batch
-  )
-  return Program(
-      step=jax.jit(
-          step_lib.make_step(loss, optimizer, groups), donate_argnums=0
+      model(lattice.make_intercept(plan), plan),
+      model(transformer.identity, {}),
+      s.compute.kl_block or None,
+      train_head=_trains_head(groups),
+      placement=None if is_alone else losses.Placement(
+          mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
       ),
-      score=jax.jit(score),
+  )
+  init = lambda leaves: step_lib.init_state(leaves, optimizer)
+  where = state_shardings(mesh, jax.eval_shape(init, trained), trained)
+  everywhere = sharding.replicated(mesh)
+  return Program(
+      init=jax.jit(init, out_shardings=where),
+      # Those of the arguments are their own.
+      step=jax.jit(
+          step_lib.make_step(loss, optimizer, groups, s.train.accumulate),
+          donate_argnums=0, out_shardings=(where, everywhere),
+      ),
+      score=jax.jit(
+          step_lib.make_score(loss, s.train.accumulate),
+          out_shardings=everywhere,
+      ),
       schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
-      optimizer=optimizer,
   )
 
 
@@ -107,17 +134,17 @@ def prepare(
   groups = student_lib.groups(student, s.train.rules)
   trained, frozen = student_lib.split(student, groups)
   settled, step_plan = student_lib.settle(frozen, plan)
-  program = make_program(s, config, step_plan, groups)
   trained = _place(mesh, config, trained)
-  state = step_lib.init_state(trained, program.optimizer)
+  program = make_program(s, mesh, config, step_plan, groups, trained)
   teacher = teacher_of(config, traverse_util.flatten_dict(params, sep='/'),
                        s.compute)
   return Job(
-      state=jax.device_put(state, state_shardings(mesh, state, trained)),
+      state=program.init(trained),
       frozen=frozen,
       settled=_place(mesh, config, for_products(config, settled, s.compute)),
       teacher=student_lib.join({}, _place(mesh, config, teacher)),
       program=program,
+      trains_head=_trains_head(groups),
   )
 
 
@@ -153,16 +180,14 @@ def abstract(
       ),
       frozen,
   )
-  program = make_program(s, config, step_plan, groups)
   teacher = jax.eval_shape(
       lambda leaves: teacher_of(config, leaves, s.compute),
       student_lib.abstract_flat(config),
   )
   where = lambda flat: student_lib.shardings(mesh, config, flat)
   trained = _described(trained, where(trained))
-  state = jax.eval_shape(
-      lambda leaves: step_lib.init_state(leaves, program.optimizer), trained
-  )
+  program = make_program(s, mesh, config, step_plan, groups, trained)
+  state = jax.eval_shape(program.init, trained)
   shape = (s.train.batch_size, s.train.length)
   rows = sharding.named(mesh, ('batch', None))
   return program, (
@@ -204,15 +229,13 @@ def resume(job: Job, step: int, leaves: Mapping[str, np.ndarray]) -> Job:
   """Puts a job at a saved step, with the optimizer leaves saved there."""
   fresh = job.state.optimizer
   restored = saving.restore_optimizer(fresh, leaves)
-  restored = jax.tree.map(
-      lambda x, like: jax.device_put(x, like.sharding), restored, fresh
+  put = lambda tree, like: hosts.put(
+      tree, jax.tree.map(lambda x: x.sharding, like)
   )
   return job._replace(
       state=job.state._replace(
-          step=jax.device_put(
-              jnp.asarray(step, jnp.int32), job.state.step.sharding
-          ),
-          optimizer=restored,
+          step=put(np.int32(step), job.state.step),
+          optimizer=put(restored, fresh),
       )
   )
 
@@ -238,18 +261,21 @@ def for_products(config, flat, compute):
 
 
 def state_shardings(mesh, state, trained):
-  """Says where a state lies: the optimizer's moments with their parameters."""
+  """Says where a state lies: what the optimizer keeps of a parameter with it."""
   def place(path, leaf):
-    del leaf
     for key in path:
-      if getattr(key, 'key', None) in trained:
-        return trained[key.key].sharding
+      if (like := trained.get(getattr(key, 'key', None))) is not None:
+        return sharding.of_statistics(like.sharding, like.shape, leaf.shape)
     return sharding.replicated(mesh)
   return jax.tree_util.tree_map_with_path(place, state)
 
 
+def _trains_head(groups):
+  return any(p.split('/')[0] == 'embedding' for p in groups)
+
+
 def _place(mesh, config, flat):
-  return jax.device_put(flat, student_lib.shardings(mesh, config, flat))
+  return hosts.put(flat, student_lib.shardings(mesh, config, flat))
 
 
 def _described(tree, shardings):

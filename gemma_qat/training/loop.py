@@ -8,14 +8,13 @@ import contextlib
 import os
 import pathlib
 import signal
-import sys
-import time
 
 import jax
 import ml_collections
 import numpy as np
 
 from gemma_qat import errors
+from gemma_qat import hosts
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
@@ -25,17 +24,23 @@ from gemma_qat.training import job as job_lib
 from gemma_qat.training import metrics
 from gemma_qat.training import saving
 from gemma_qat.training import settings
+from gemma_qat.training import speed as speed_lib
 from gemma_qat.training import student as student_lib
 from gemma_qat.training import text as text_lib
+from gemma_qat.training import tracing
 from gemma_qat.training import workdir as workdir_lib
 
 
-def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
+def train(
+    config: ml_collections.ConfigDict, workdir: os.PathLike, profile: int = 0
+) -> int:
   """Runs a config from wherever its workdir stands to its last step.
 
   Args:
     config: see `experiments/configs/base.py`.
     workdir: receives everything; a run that was stopped there goes on.
+    profile: how many steps to trace, from this session's third on, when all
+      is compiled.
 
   Returns:
     The last step, whose checkpoint is written.
@@ -46,22 +51,27 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
   """
   workdir = pathlib.Path(workdir)
   s = settings.read(config)
-  mesh = sharding.make_mesh(**config.mesh.to_dict())
-  workdir_lib.claim(workdir, config)
+  mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
+  if hosts.is_first():
+    workdir_lib.claim(workdir, config)
+  hosts.wait('claim')
   if saving.latest(workdir) == s.train.steps:
-    _say(f'{workdir} holds the last step, {s.train.steps}, already.')
+    hosts.say(f'{workdir} holds the last step, {s.train.steps}, already.')
     return s.train.steps
 
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, s.quant)
-  _check_mesh(mesh, base.config, plan, s.train.batch_size)
+  _check_mesh(mesh, base.config, plan, s.train)
   # Wrong rules are found now, not after minutes of calibration.
   student_lib.check_start(plan, s.quant.start)
   student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
-  _say(f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
-       f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products')
+  hosts.say(
+      f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
+      f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products'
+  )
   params = weights.stack(base.config, checkpoints.dequantized(base))
-  text = text_lib.read(config, base, workdir)
+  share = sharding.share(mesh, s.train.batch_size)
+  text = text_lib.read(config, base, workdir, share)
 
   with saving.Saver(workdir, s.train.keep) as saver, _StopSignal() as stop:
     # The one place that decides where the student comes from.
@@ -69,7 +79,7 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
     if saver.latest is not None:
       student, optimizer_leaves, manifest = saver.restore(saver.latest)
       text.go_on(manifest, workdir)
-      _say(f'Going on at step {saver.latest}.')
+      hosts.say(f'Going on at step {saver.latest}.')
     else:
       student = job_lib.start(s, base, params, plan, text.calibrating)
     job = job_lib.prepare(s, mesh, base, params, plan, student)
@@ -86,17 +96,22 @@ def train(config: ml_collections.ConfigDict, workdir: os.PathLike) -> int:
           orbax_files.tokenizer_tree(base.tokenizer),
       )
 
-    with contextlib.closing(metrics.Writer(workdir, int(job.state.step))) as writer:
-      _go(s, mesh, job, text, writer, save, stop)
+    first = int(job.state.step)
+    kind = metrics.Writer if hosts.is_first() else metrics.Silence
+    speed = speed_lib.Speed(s.train, base.config, job.trains_head)
+    with (
+        contextlib.closing(kind(workdir, first)) as writer,
+        tracing.Trace(workdir, profile, first) as trace,
+    ):
+      _go(s, mesh, job, text, writer, save, stop, speed, trace)
   return s.train.steps
 
 
-def _go(s, mesh, job, text, writer, save, stop):
+def _go(s, mesh, job, text, writer, save, stop, speed, trace):
   """The loop itself: batch -> step -> metrics -> checkpoint."""
   state, program = job.state, job.program
-  to_devices = lambda batch: jax.device_put(
-      batch, sharding.named(mesh, ('batch', None))
-  )
+  rows = sharding.named(mesh, ('batch', None))
+  to_devices = lambda batch: hosts.put_share(batch, rows)
 
   def heldout_kl():
     return float(np.mean([
@@ -107,44 +122,51 @@ def _go(s, mesh, job, text, writer, save, stop):
   first = int(state.step)
   if not first:
     writer.write(0, {'heldout_kl_nats': heldout_kl()})
-  tokens_a_step = s.train.batch_size * s.train.length
-  clock, since, said = time.monotonic(), first, ''
-  with metrics.Progress('train', s.train.steps, first) as progress:
+  said = ''
+  speed.restart(first)
+  with metrics.Progress(
+      'train', s.train.steps, first, is_shown=hosts.is_first()
+  ) as progress:
     for n in range(first + 1, s.train.steps + 1):
+      trace.before(n)
       state, scalars = program.step(
           state, job.settled, job.teacher, to_devices(next(text.batches))
       )
+      trace.after(n, scalars)
       last = n == s.train.steps
       row = {}
       if n % s.train.log_every == 0 or last:
         row = {k: float(v) for k, v in scalars.items()}
-        rate = (n - since) * tokens_a_step / (time.monotonic() - clock)
-        row |= {
-            'learning_rate': float(program.schedule(n - 1)),
-            'tokens': n * tokens_a_step,
-            'tokens_per_second': rate,
-        }
-        said = f'kl {row["kl_nats"]:.4f} nats, {rate:.0f} tokens/s'
+        row['learning_rate'] = float(program.schedule(n - 1))
+        row |= speed.at(n)
+        said = f'kl {row["kl_nats"]:.4f} nats, {speed.said}'
       if n % s.train.evaluate_every == 0 or last:
         row['heldout_kl_nats'] = heldout_kl()
       if row:
         _check_finite(n, row)
         writer.write(n, row)
-      if n % s.train.checkpoint_every == 0 or last or stop.asked:
+      # Several processes have to agree, which costs a wait.
+      is_asked = stop.asked if jax.process_count() == 1 else (
+          n % s.train.log_every == 0 and hosts.anyone(stop.asked)
+      )
+      if n % s.train.checkpoint_every == 0 or last or is_asked:
         save(state)
       if 'tokens_per_second' in row:
         # Evaluation and saving are not the step's time.
-        clock, since = time.monotonic(), n
+        speed.restart(n)
       progress.advance(text=said)
-      if stop.asked and not last:
+      if is_asked and not last:
         raise errors.Stopped(
             f'Stopped after step {n}; the same command goes on.'
         )
 
 
-def _check_mesh(mesh, config, plan, batch_size):
+def _check_mesh(mesh, config, plan, train):
   """Refuses a mesh that does not fit, before text is read or codes found."""
-  sharding.check(mesh, 'config.train.batch_size', (batch_size,), ('batch',))
+  name, size = 'config.train.batch_size', train.batch_size
+  if train.accumulate > 1:
+    name, size = f'{name} / accumulate', size // train.accumulate
+  sharding.check(mesh, name, (size,), ('batch',))
   for path, spec in weights.tree_specs(config).items():
     sharding.check(
         mesh, path, spec.shape, spec.axes, block=32 if path in plan else 1
@@ -159,10 +181,6 @@ def _check_finite(step, row):
           'config.optimizer.learning_rate or lengthen warmup_steps, then start '
           'with a new --workdir.'
       )
-
-
-def _say(text):
-  print(text, file=sys.stderr, flush=True)
 
 
 class _StopSignal:
@@ -186,5 +204,5 @@ class _StopSignal:
   def _ask(self, number, frame):
     del frame
     self.asked = True
-    _say('Stopping after this step ...')
+    hosts.say('Stopping after this step ...')
     signal.signal(number, self._old[number])

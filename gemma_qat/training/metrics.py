@@ -47,6 +47,19 @@ class Writer:
     self._events.close()
 
 
+class Silence:
+  """Stands in for a Writer in every process but the first."""
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    del workdir, step
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    """Drops the row: the first process writes the same."""
+
+  def close(self):
+    """Has nothing to close."""
+
+
 def read(workdir: pathlib.Path) -> list[dict[str, float]]:
   """Reads the rows of a workdir; a torn last line is left out."""
   path = pathlib.Path(workdir) / FILE
@@ -64,15 +77,24 @@ def read(workdir: pathlib.Path) -> list[dict[str, float]]:
 class Progress:
   """Shows how far a long piece of work is.
 
-  On a terminal a bar with a live text, elsewhere a plain line now and then.
+  On a terminal a bar with a live text, elsewhere a plain line now and then;
+  nothing when it is another process that shows it.
   """
 
-  def __init__(self, title: str, total: int, done: int = 0, every: float = 15):
+  def __init__(
+      self,
+      title: str,
+      total: int,
+      done: int = 0,
+      every: float = 15,
+      is_shown: bool = True,
+  ):
     self._title, self._total, self._done = title, total, done
     self._every, self._shown = every, 0.0
     self._start, self._first = time.monotonic(), done
     self._bar = None
-    if sys.stderr.isatty():
+    self._is_shown = is_shown
+    if is_shown and sys.stderr.isatty():
       self._bar = rich.progress.Progress(
           rich.progress.TextColumn('{task.description}'),
           rich.progress.BarColumn(),
@@ -98,6 +120,8 @@ class Progress:
     self._done += amount
     if self._bar:
       self._bar.update(self._task, completed=self._done, text=text)
+      return
+    if not self._is_shown:
       return
     now = time.monotonic()
     if now - self._shown < self._every and self._done < self._total:

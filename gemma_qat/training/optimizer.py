@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_qat.training import moments
 from gemma_qat.training import settings
 
 
@@ -24,7 +25,7 @@ def make_schedule(
 def make_optimizer(
     s: settings.OptimizerSettings, steps: int, groups: Mapping[str, str]
 ) -> optax.GradientTransformation:
-  """Adam with warm-up, cosine and clipping, separately for each group.
+  """Makes warm-up, cosine, clipping and Adam or Adafactor for each group.
 
   Args:
     s: the settings.
@@ -37,12 +38,13 @@ def make_optimizer(
   schedule = make_schedule(s, steps)
 
   def make_group(multiplier, relative):
-    adam = optax.chain(
+    direction = optax.chain(
         optax.clip_by_global_norm(s.clip) if s.clip else optax.identity(),
-        optax.scale_by_adam(b1=s.b1, b2=s.b2, eps=s.epsilon),
+        _make_adafactor(s) if s.name == 'adafactor' else
+        moments.scale_by_adam(s.b1, s.b2, s.epsilon, s.moments),
     )
     return optax.chain(
-        relative_to_magnitude(adam) if relative else adam,
+        relative_to_magnitude(direction) if relative else direction,
         optax.scale_by_learning_rate(lambda step: multiplier * schedule(step)),
     )
 
@@ -82,3 +84,36 @@ def relative_to_magnitude(
     return jax.tree.map(jnp.multiply, updates, magnitude), state
 
   return optax.GradientTransformation(inner.init, update)
+
+
+def _make_adafactor(s):
+  """Adafactor without a first moment, by optax.
+
+  The second moment of the two largest axes, where both have 128 entries or
+  more, is the product of their sums. Matrices are stored [.., outputs,
+  inputs], those of attention with an axis of heads, those of the groups
+  stacked; these other axes are smaller in every size of Gemma 3 and keep
+  sums of their own:
+    [G, N, H, D] keeps [G, N, H] and [G, N, D], one matrix a head;
+    [G, D, N, H] keeps [G, N, H] and [G, D, N], the same;
+    [G, F, D] keeps [G, F] and [G, D].
+  That is below 0.01 bytes a weight in matrices. What has no two such axes
+  (norm gains, most block scales) keeps 4 bytes.
+
+  What was chosen: the decay of the paper, 1 - step^-0.8, but never above b2,
+  so that it does not stand still; epsilon squared added to the squared
+  gradient, which is Adam's floor of the root; the paper's bound of 1 on the
+  root mean square of a leaf's update. b1 is not used: a first moment would
+  take the memory that Adafactor is there to save. Rates are those of Adam,
+  not relative to the weights.
+  """
+  def decay(step, exponent):
+    return jnp.minimum(1 - (step + 1.0) ** -exponent, s.b2)
+
+  return optax.chain(
+      optax.scale_by_factored_rms(
+          decay_rate=0.8, min_dim_size_to_factor=128, epsilon=s.epsilon**2,
+          decay_rate_fn=decay,
+      ),
+      optax.clip_by_block_rms(1.0),
+  )

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -116,8 +117,11 @@ def restore_optimizer(like: Any, leaves: Mapping[str, np.ndarray]) -> Any:
     UserError: the state is of another optimizer.
   """
   fresh = _numbered(like)
-  shapes = lambda tree: {k: np.shape(x) for k, x in tree.items()}
-  if shapes(fresh) != shapes(leaves):
+  # Types too: moments in float32 and in bfloat16 have the same shapes.
+  kinds = lambda tree: {
+      k: (np.shape(x), jnp.dtype(x.dtype)) for k, x in tree.items()
+  }
+  if kinds(fresh) != kinds(leaves):
     raise errors.UserError(
         'The checkpoint holds the state of another optimizer than the config '
         'asks for: use the config that began the run, or a new --workdir.'

@@ -5,6 +5,8 @@ these frozen values.
 """
 
 import dataclasses
+import functools
+import sys
 from typing import Mapping, NamedTuple
 
 import jax
@@ -12,9 +14,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from gemma_qat import errors
+from gemma_qat.model import attention
+from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
+from gemma_qat.training import moments
 
 Rules = tuple[tuple[str, str | None], ...]
 
@@ -53,13 +58,20 @@ class OptimizerSettings:
   """How the trained leaves move.
 
   Attributes:
+    name: 'adam' or 'adafactor' (factored second moment, no first one: see
+      `optimizer`).
+    moments: how Adam keeps its two moments between steps, one of
+      `moments.KINDS`: 'float32' (8 bytes a weight), 'bfloat16' (4) or 'int8'
+      (2.1). Adafactor's are float32.
     learning_rate: peak rate; a group's own is this times its multiplier.
     multipliers: group -> factor; the groups are what `train.rules` assigns.
     warmup_steps: linear from 0; cosine to 0 at the last step follows.
     clip: largest global gradient norm of a group; 0 for none.
-    b1, b2, epsilon: of Adam.
+    b1, b2, epsilon: of Adam. Adafactor has no b1, its decay never exceeds b2.
   """
 
+  name: str
+  moments: str
   learning_rate: float
   multipliers: Mapping[str, float]
   warmup_steps: int
@@ -71,7 +83,10 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeSettings:
-  """How the network is computed; see `model.transformer.Transformer`."""
+  """How the network is computed; see `model.transformer.Transformer`.
+
+  `attention` may still be 'auto': the choice takes the sizes of the model.
+  """
 
   dtype: str
   residual_dtype: str
@@ -88,6 +103,9 @@ class TrainSettings:
   Attributes:
     steps: optimizer steps.
     batch_size: rows a step, over all devices.
+    accumulate: parts that a batch is computed in, one after the other; their
+      gradients are summed. Activations take the memory of one part, the step
+      is that of the whole batch.
     length: tokens a row.
     rules: ordered (regex over the student's leaves, group); None freezes.
     checkpoint_every, evaluate_every, log_every: in steps.
@@ -97,6 +115,7 @@ class TrainSettings:
 
   steps: int
   batch_size: int
+  accumulate: int
   length: int
   rules: Rules
   checkpoint_every: int
@@ -106,6 +125,22 @@ class TrainSettings:
   heldout_batches: int
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  """How the devices are arranged.
+
+  Attributes:
+    data, fsdp, tensor: see `sharding.make_mesh`.
+    gather: what of a weight travels between devices, see
+      `training.gathering`.
+  """
+
+  data: int
+  fsdp: int
+  tensor: int
+  gather: str
+
+
 class Settings(NamedTuple):
   """The frozen settings of a run, by config section."""
 
@@ -113,13 +148,22 @@ class Settings(NamedTuple):
   train: TrainSettings
   optimizer: OptimizerSettings
   compute: ComputeSettings
+  mesh: MeshSettings
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:
   """Checks and freezes all of a config that the loop needs."""
   return Settings(
-      quant(config), train(config), optimizer(config), compute(config)
+      quant(config), train(config), optimizer(config), compute(config),
+      mesh(config),
   )
+
+
+def mesh(config: ml_collections.ConfigDict) -> MeshSettings:
+  """Checks and freezes `config.mesh`."""
+  s = MeshSettings(**config.mesh.to_dict())
+  _choice('config.mesh.gather', s.gather, ('weights', 'codes'))
+  return s
 
 
 def quant(config: ml_collections.ConfigDict) -> QuantSettings:
@@ -149,6 +193,20 @@ def optimizer(config: ml_collections.ConfigDict) -> OptimizerSettings:
   """Checks and freezes `config.optimizer`."""
   values = config.optimizer.to_dict()
   s = OptimizerSettings(**values)
+  _choice('config.optimizer.name', s.name, ('adam', 'adafactor'))
+  _choice('config.optimizer.moments', s.moments, moments.KINDS)
+  if s.name == 'adafactor' and s.moments != 'float32':
+    raise errors.UserError(
+        f'config.optimizer.moments={s.moments} is for adam: adafactor keeps '
+        'sums of rows and columns in float32, which take next to nothing. Set '
+        "it to 'float32', or config.optimizer.name to 'adam'."
+    )
+  if s.moments == 'int8' and s.b1**2 >= s.b2:
+    raise errors.UserError(
+        f'config.optimizer.moments=int8 needs b1^2 < b2, not b1={s.b1} and '
+        f'b2={s.b2}: only then is the first moment bounded by the root of the '
+        'second, in units of which it is kept. Lower b1 or raise b2.'
+    )
   if s.warmup_steps >= config.train.steps:
     raise errors.UserError(
         f'config.optimizer.warmup_steps={s.warmup_steps} leaves nothing of '
@@ -165,6 +223,11 @@ def train(config: ml_collections.ConfigDict) -> TrainSettings:
     value = getattr(s, field.name)
     if field.name != 'rules' and value < 1:
       raise errors.UserError(f'config.train.{field.name}={value} is below 1.')
+  if s.batch_size % s.accumulate:
+    raise errors.UserError(
+        f'config.train.accumulate={s.accumulate} does not divide '
+        f'config.train.batch_size={s.batch_size}: change one of them.'
+    )
   unknown = {g for _, g in s.rules if g} - set(config.optimizer.multipliers)
   if unknown:
     raise errors.UserError(
@@ -175,26 +238,38 @@ def train(config: ml_collections.ConfigDict) -> TrainSettings:
 
 
 def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
-  """Checks and freezes `config.compute`; resolves 'auto' for this machine."""
+  """Checks and freezes `config.compute`; resolves the 'auto' of the dtype."""
   s = ComputeSettings(**config.compute.to_dict())
   if s.dtype == 'auto':
     s = dataclasses.replace(s, dtype=fast_dtype())
   _choice('config.compute.dtype', s.dtype, ('bfloat16', 'float32'))
   _choice('config.compute.residual_dtype', s.residual_dtype,
           ('bfloat16', 'float32'))
-  if s.attention == 'auto':
-    s = dataclasses.replace(s, attention=fast_attention())
-  _choice('config.compute.attention', s.attention, ('mapped', 'xla', 'cudnn'))
+  _choice('config.compute.attention', s.attention,
+          ('auto', *attention.IMPLEMENTATIONS))
+  if s.attention == 'cudnn' and s.dtype != 'bfloat16':
+    raise errors.UserError(
+        f"config.compute.attention='cudnn' does not compute in {s.dtype}: set "
+        "config.compute.dtype='bfloat16', or attention='auto'."
+    )
   transformer.remat_policy(s.remat)
   return s
 
 
-def make_model(config, compute_settings: ComputeSettings, intercept):
-  """Builds the network that these settings describe."""
+def make_model(
+    config: model_config.ModelConfig,
+    compute_settings: ComputeSettings,
+    intercept: transformer.Intercept,
+    constrain: transformer.Constrain = transformer.unconstrained,
+) -> transformer.Transformer:
+  """Builds the network that these settings describe, here."""
   s = compute_settings
+  if s.attention == 'auto':
+    s = dataclasses.replace(s, attention=fast_attention(config, s.dtype))
   return transformer.Transformer(
       config,
       intercept=intercept,
+      constrain=constrain,
       dtype=jnp.dtype(s.dtype),
       residual_dtype=jnp.dtype(s.residual_dtype),
       remat=s.remat,
@@ -203,9 +278,28 @@ def make_model(config, compute_settings: ComputeSettings, intercept):
   )
 
 
-def fast_attention() -> str:
-  """Chooses the implementation of `model.layers.attention`."""
-  return 'mapped' if jax.default_backend() == 'cpu' else 'xla'
+@functools.cache
+def fast_attention(config: model_config.ModelConfig, dtype: str) -> str:
+  """Chooses the implementation of `model.attention.attend` for this machine.
+
+  On a GPU, cuDNN is tried once for a model's heads; what it says instead of
+  serving them goes to stderr.
+  """
+  backend = jax.default_backend()
+  if backend == 'cpu':
+    # Cut over several devices, 'mapped' would gather every head on each.
+    return 'mapped' if jax.device_count() == 1 else 'blockwise'
+  if backend != 'gpu':
+    return 'blockwise'
+  obstacle = attention.why_not_cudnn(
+      config.num_heads, config.num_kv_heads, config.head_dim,
+      config.sliding_window, dtype,
+  )
+  if obstacle is None:
+    return 'cudnn'
+  print(f'Attention in blocks, since cuDNN does not serve it: {obstacle}',
+        file=sys.stderr, flush=True)
+  return 'blockwise'
 
 
 def fast_dtype() -> str:

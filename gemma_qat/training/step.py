@@ -1,5 +1,6 @@
 """What does one optimizer step do?"""
 
+import functools
 from typing import Any, Callable, Mapping, NamedTuple
 
 import jax
@@ -22,7 +23,13 @@ class State(NamedTuple):
   optimizer: Any
 
 
-def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
+def make_loss(
+    student_model,
+    teacher_model,
+    kl_block: int | None,
+    train_head: bool,
+    placement: losses.Placement | None = None,
+):
   """Builds the distance between student and teacher on one batch.
 
   The teacher is an argument like the batch: it is in no state and gets no
@@ -33,10 +40,12 @@ def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
     teacher_model: Transformer without.
     kl_block: see `losses.linear_kl`.
     train_head: whether the student's embedding is trained.
+    placement: see `losses.linear_kl`.
 
   Returns:
-    loss(student tree, teacher tree, batch) -> mean KL in nats over the
-    positions of `batch['mask']`; the batch holds int tokens [B, L].
+    loss(student tree, teacher tree, batch) -> (sum of the KL in nats over the
+    positions of `batch['mask']`, their number), so that parts of a batch add
+    up to the whole; the batch holds int tokens [B, L].
   """
 
   def loss(student, teacher, batch):
@@ -46,33 +55,50 @@ def make_loss(student_model, teacher_model, kl_block: int, train_head: bool):
     kl = losses.linear_kl(
         hidden.reshape(-1, hidden.shape[-1]),
         target.reshape(-1, target.shape[-1]),
-        student_model.intercept('embedding', student['embedding']),
+        student['embedding'],
         teacher['embedding'],
+        rows=functools.partial(student_model.intercept, 'embedding'),
         block=kl_block,
         dtype=student_model.dtype,
         train_head=train_head,
+        placement=placement,
     )
-    return losses.masked_mean(kl, batch['mask'].reshape(-1))
+    mask = batch['mask'].reshape(-1).astype(kl.dtype)
+    return jnp.sum(kl * mask), jnp.sum(mask)
 
   return loss
 
 
 def make_step(
-    loss: Callable[..., jax.Array],
+    loss: Callable[..., tuple[jax.Array, jax.Array]],
     optimizer: optax.GradientTransformation,
     groups: Mapping[str, str],
+    accumulate: int = 1,
 ):
   """Builds step(state, frozen, teacher, batch) -> (state, metrics).
 
-  Metrics are scalars: `kl_nats` before the update and the gradient norm of
-  each group.
+  Metrics are scalars: `kl_nats` before the update, a mean over positions, and
+  the gradient norm of each group.
+
+  Args:
+    loss: from `make_loss`.
+    optimizer: of flat dicts {leaf path: array}.
+    groups: leaf path -> name of its group.
+    accumulate: parts of the batch that are computed one after the other; see
+      `_over_parts`.
   """
 
   def step(state: State, frozen, teacher, batch):
-    def of_trained(trained):
-      return loss(student_lib.join(trained, frozen), teacher, batch)
+    def of_trained(trained, part):
+      return loss(student_lib.join(trained, frozen), teacher, part)
 
-    kl, gradient = jax.value_and_grad(of_trained)(state.trained)
+    def of_part(part):
+      return jax.value_and_grad(of_trained, has_aux=True)(state.trained, part)
+
+    (kl, count), gradient = _over_parts(of_part, batch, accumulate)
+    # Of the whole batch: parts whose masks let more through weigh more.
+    count = jnp.maximum(count, 1)
+    kl, gradient = jax.tree.map(lambda x: x / count, (kl, gradient))
     updates, optimizer_state = optimizer.update(
         gradient, state.optimizer, state.trained
     )
@@ -86,6 +112,45 @@ def make_step(
   return step
 
 
+def make_score(
+    loss: Callable[..., tuple[jax.Array, jax.Array]], accumulate: int = 1
+):
+  """Builds score(trained, frozen, teacher, batch) -> mean KL in nats.
+
+  Computed in as many parts as a step, so that it needs no more memory.
+  """
+
+  def score(trained, frozen, teacher, batch):
+    student = student_lib.join(trained, frozen)
+    kl, count = _over_parts(
+        lambda part: loss(student, teacher, part), batch, accumulate
+    )
+    return kl / jnp.maximum(count, 1)
+
+  return score
+
+
 def init_state(trained, optimizer: optax.GradientTransformation) -> State:
   """Makes the state before the first step."""
   return State(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+
+
+def _over_parts(function, batch, parts):
+  """Sums function(part) over parts of the batch, one after the other.
+
+  Only the sums and what one part computes exist at a time. Row i belongs to
+  part i % parts: consecutive rows lie on one device, which so has its share of
+  every part and sends none of its rows away.
+  """
+  if parts == 1:
+    return function(batch)
+  cut = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch
+  )
+  like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cut))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+  def body(sums, part):
+    return jax.tree.map(jnp.add, sums, function(part)), None
+
+  return jax.lax.scan(body, zeros, cut)[0]

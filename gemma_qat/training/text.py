@@ -40,8 +40,16 @@ def read(
     config: ml_collections.ConfigDict,
     base: checkpoints.Checkpoint,
     workdir: pathlib.Path,
+    share: tuple[int, int] = (0, 1),
 ) -> Text:
   """Reads and tokenizes the text of a run; tokens are kept in the workdir.
+
+  Args:
+    config: of the run.
+    base: whose tokenizer reads.
+    workdir: of the run.
+    share: (index, count) of the rows of each batch that this process reads,
+      see `sharding.share`. Batches for calibration are whole everywhere.
 
   Raises:
     UserError: no tokenizer, or too little text.
@@ -49,8 +57,9 @@ def read(
   tokenizer = checkpoints.tokenizer(base)
   training, heldout = documents(config)
   size, length = config.train.batch_size, config.train.length
-  make = lambda some, seed: pipeline.make_dataset(
-      some, tokenizer, size, length, seed, cache_dir=workdir / 'tokens'
+  make = lambda some, seed, share=share: pipeline.make_dataset(
+      some, tokenizer, size, length, seed, shard_index=share[0],
+      shard_count=share[1], cache_dir=workdir / 'tokens',
   )
   count = -(-config.quant.calibration_tokens // (size * length))
   take = lambda batches, n: [next(batches) for _ in range(n)]
@@ -58,7 +67,9 @@ def read(
       batches=make(training, config.seed),
       heldout=take(make(heldout, config.seed), config.train.heldout_batches),
       # Another order than training's, so that the first batches differ.
-      calibrating=lambda: take(make(training, config.seed + 1), count),
+      calibrating=lambda: take(
+          make(training, config.seed + 1, share=(0, 1)), count
+      ),
       digest=pipeline.digest(training, tokenizer),
   )
 

@@ -19,6 +19,8 @@ REVISION = 'revision.json'
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   """Makes the folder, or checks that the same run began there.
 
+  A run may go on with another `config.mesh`: arrays are saved whole.
+
   Writes `config.json` (resolved) and `revision.json` (git revision of the
   program, versions of what computes).
 
@@ -46,7 +48,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 def _compare(workdir, old, new):
   old, new = _flat(old), _flat(new)
   different = sorted(
-      k for k in old.keys() | new.keys() if old.get(k) != new.get(k)
+      k for k in old.keys() | new.keys()
+      if old.get(k) != new.get(k) and not k.startswith('mesh.')
   )
   if different:
     key = different[0]

@@ -33,7 +33,7 @@ def _params(case):
 
 
 @pytest.mark.parametrize('remat, attention', [
-    ('full', 'mapped'), ('none', 'xla'),
+    ('full', 'mapped'), ('full', 'blockwise'), ('none', 'xla'),
 ])
 @pytest.mark.parametrize('case', golden_weights.CASES)
 def test_logits_are_those_of_transformers(case, remat, attention):

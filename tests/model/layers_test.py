@@ -115,48 +115,6 @@ def test_rope_scaling_divides_positions():
   )
 
 
-@pytest.mark.parametrize('window, seen', [
-    (None, [1, 2, 3, 4, 5]), (2, [1, 2, 2, 2, 2]), (1, [1, 1, 1, 1, 1]),
-])
-def test_a_query_sees_itself_and_the_window_before_it(window, seen):
-  positions = jnp.arange(5)[None]
-  mask = np.asarray(layers.visible(positions, positions, window))
-  assert mask.shape == (1, 1, 5, 5)
-  assert mask[0, 0].sum(axis=-1).tolist() == seen
-  assert mask[0, 0].diagonal().all()
-  assert not np.triu(mask[0, 0], 1).any()
-
-
-def _attention_inputs():
-  return _normal(0, 2, 24, 4, 16), _normal(1, 2, 24, 2, 16), _normal(
-      2, 2, 24, 2, 16
-  )
-
-
-@pytest.mark.parametrize('window', [None, 1, 7, 100])
-def test_mapped_attention_and_its_gradients_are_those_of_xla(window):
-  def attention(implementation):
-    return lambda q, k, v: layers.attention(
-        q, k, v, window, jnp.float32, implementation
-    )
-  qkv = _attention_inputs()
-  found = _value_and_gradients(attention('mapped'), *qkv)
-  for a, b in zip(found, _value_and_gradients(attention('xla'), *qkv)):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('implementation', ['mapped', 'xla'])
-def test_attention_is_the_softmax_average_of_visible_values(implementation):
-  q, k, v = _attention_inputs()
-  out = layers.attention(q, k, v, 7, jnp.float32, implementation)
-  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-  b, i, n = 1, 20, 3  # Query head 3 of 4 reads key/value head 1 of 2.
-  scores = k[b, i - 6 : i + 1, 1] @ q[b, i, n]
-  weights = np.exp(scores - scores.max())
-  expected = weights / weights.sum() @ v[b, i - 6 : i + 1, 1]
-  np.testing.assert_allclose(out[b, i, n], expected, rtol=1e-4, atol=1e-5)
-
-
 def test_gelu_is_the_tanh_approximation():
   x = np.linspace(-5, 5, 41)
   expected = 0.5 * x * (

@@ -67,3 +67,16 @@ def test_not_a_number_stays_one():
   for pattern in (0x7F800001, 0x7FFFFFFF, 0xFFC00000):
     x = np.uint32(pattern).view(np.float32)
     assert np.isnan(rounding.round_to_both(jnp.float32(x)))
+
+
+@pytest.mark.parametrize('jitted', [False, True])
+def test_the_bits_of_all_float16_values_are_found_and_read_back(jitted):
+  run = jax.jit if jitted else lambda f: f
+  bits = np.arange(2**16, dtype=np.uint16)
+  x = bits.view(np.float16).astype(np.float32)
+  bits, x = bits[~np.isnan(x)], x[~np.isnan(x)]
+  found = run(rounding.float16_bits)(x)
+  assert found.dtype == jnp.uint16
+  np.testing.assert_array_equal(found, bits)
+  back = np.asarray(run(rounding.from_float16_bits)(bits))
+  np.testing.assert_array_equal(back.view(np.uint32), x.view(np.uint32))

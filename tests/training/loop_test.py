@@ -25,6 +25,7 @@ from gemma_qat.checkpoints import orbax_files
 from gemma_qat.quant import formats
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
+from gemma_qat.training import speed
 
 
 @pytest.fixture(scope='module')
@@ -115,7 +116,7 @@ def _assert_same_numbers(workdir, other, step):
     np.testing.assert_array_equal(found[path], array, err_msg=path)
   # All but the speed.
   rows, expected = (
-      [{k: v for k, v in row.items() if k != 'tokens_per_second'}
+      [{k: v for k, v in row.items() if k not in speed.NAMES}
        for row in metrics.read(w)]
       for w in (workdir, other)
   )

@@ -10,8 +10,9 @@ from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import settings
 
 SETTINGS = settings.OptimizerSettings(
-    learning_rate=0.01, multipliers={'scales': 1.0, 'norms': 0.3},
-    warmup_steps=0, clip=0.0, b1=0.9, b2=0.95, epsilon=1e-8,
+    name='adam', moments='float32', learning_rate=0.01,
+    multipliers={'scales': 1.0, 'norms': 0.3}, warmup_steps=0,
+    clip=0.0, b1=0.9, b2=0.95, epsilon=1e-8,
 )
 GROUPS = {'a/scale': 'scales', 'b/scale': 'scales', 'norm': 'norms'}
 PARAMS = {

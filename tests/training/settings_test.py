@@ -37,6 +37,8 @@ def _config(**changes):
     (settings.compute, {'compute__dtype': 'float16'}, "dtype: 'float16'"),
     (settings.compute, {'compute__residual_dtype': 'int8'}, 'residual_dtype'),
     (settings.compute, {'compute__attention': 'flash'}, "attention: 'flash'"),
+    (settings.compute, {'compute__attention': 'cudnn'},
+     "'cudnn' does not compute in float32: set config.compute.dtype"),
     (settings.compute, {'compute__remat': 'some'}, "policy 'some'"),
 ])
 def test_a_value_that_cannot_work_is_named(read, changes, message):
@@ -49,9 +51,28 @@ def test_auto_is_resolved_for_this_machine():
       _config(compute__dtype='auto', compute__attention='auto')
   )
   assert s.dtype == settings.fast_dtype()
-  assert s.attention == (
-      'mapped' if jax.default_backend() == 'cpu' else 'xla'
-  )
+  config = model_config.variant('tiny')
+  model = settings.make_model(config, s, transformer.identity)
+  assert model.attention == settings.fast_attention(config, s.dtype)
+
+
+@pytest.mark.skipif(jax.default_backend() == 'gpu', reason='needs no GPU')
+def test_auto_attention_is_blockwise_on_several_devices():
+  assert jax.device_count() == 8
+  config = model_config.variant('270m')
+  assert settings.fast_attention(config, 'float32') == 'blockwise'
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
+def test_auto_attention_on_a_gpu_is_cudnn_or_says_why_not(capsys):
+  settings.fast_attention.cache_clear()
+  config = model_config.variant('270m')
+  found = settings.fast_attention(config, 'bfloat16')
+  lines = capsys.readouterr().err.splitlines()
+  assert (found, len(lines)) in [('cudnn', 0), ('blockwise', 1)]
+  # cuDNN's kernel knows no float32.
+  assert settings.fast_attention(config, 'float32') == 'blockwise'
+  assert 'cuDNN does not serve it' in capsys.readouterr().err
 
 
 def test_the_model_is_what_the_settings_say():

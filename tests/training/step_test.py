@@ -13,7 +13,7 @@ from gemma_qat.training import student as student_lib
 
 STEPS = 6
 OPTIMIZER = settings.OptimizerSettings(
-    learning_rate=0.01,
+    name='adam', moments='float32', learning_rate=0.01,
     multipliers={'scales': 1.0, 'norms': 0.3, 'weights': 0.1},
     warmup_steps=0, clip=1.0, b1=0.9, b2=0.95, epsilon=1e-8,
 )
@@ -117,10 +117,11 @@ def test_positions_outside_the_mask_do_not_count(params, student):
   mask[:, 15:] = False
   changed = tokens.copy()
   changed[:, 15:] = 5  # Causal: nothing before reads them.
-  one, other = (
-      float(loss(student, params, {'tokens': t, 'mask': mask}))
-      for t in (tokens, changed)
-  )
+  def mean(batch):
+    kl, count = loss(student, params, batch)
+    assert count == batch['mask'].sum()
+    return float(kl / count)
+  one, other = (mean({'tokens': t, 'mask': mask}) for t in (tokens, changed))
   assert one == pytest.approx(other, rel=1e-6)
-  whole = float(loss(student, params, small_model.BATCH))
+  whole = mean(small_model.BATCH)
   assert abs(whole - one) > 1e-4 * one

@@ -1,0 +1,265 @@
+"""Which values does each position gather, and at what cost?
+
+A local layer costs its window and a global one half the square: queries go in
+blocks, and a block reads only keys that one of its queries may see. Axis
+letters as in `layers.py`.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+# 'mapped' and 'blockwise' are this file's, the others JAX's.
+IMPLEMENTATIONS = ('mapped', 'blockwise', 'xla', 'cudnn')
+
+# Rows of keys come in multiples of this: the tiles of matrix units.
+_TILE = 128
+# A block has this many rows, heads times queries, where the window is wide
+# enough. On a 2-core CPU 256 to 1024 rows took the same time within 10 %.
+_ROWS = 512
+# A global layer is cut into so many pieces of ever longer keys: 8 do 9/16 of
+# the square, 16 would do 17/32 in a program twice as long.
+_PIECES = 8
+
+
+def visible(positions, key_positions, window):
+  """Says which keys each query may see: no later ones, none out of the window.
+
+  Args:
+    positions: int [B, L].
+    key_positions: int [B, S].
+    window: number of positions seen, the query's own included; None for all.
+
+  Returns:
+    bool [B, 1, L, S].
+  """
+  distance = positions[:, :, None] - key_positions[:, None, :]
+  mask = distance >= 0
+  if window is not None:
+    mask &= distance < window
+  return mask[:, None]
+
+
+def attend(q, k, v, window, dtype, implementation):
+  """Causal attention of a whole sequence, grouped-query heads.
+
+  Args:
+    q: [B, L, N, H], already scaled.
+    k: [B, L, K, H].
+    v: [B, L, K, H].
+    window: see `visible`; static, so that no work is done outside of it.
+    dtype: of the operands of matrix products.
+    implementation: one of IMPLEMENTATIONS.
+      'blockwise': all heads at once. Where batch and heads are cut over
+        devices, each device works on its own part.
+      'mapped': the same blocks, one key/value head after the other, for one
+        CPU: its kernels take plain matrix products, not batched ones. Forward
+        and backward, 270M shapes, L = 2048, W = 512, B = 2, float32 on a
+        2-core CPU: 2.3 s against 2.7 s; in bfloat16, where the CPU has
+        instructions for it, plain products were 4 times faster.
+      'xla': JAX's own, with all L x S scores.
+      'cudnn': the flash kernel of NVIDIA GPUs, for bfloat16; see
+        `why_not_cudnn`. Sharded, q, k and v must be cut alike, over batch and
+        heads alone.
+
+  Returns:
+    float32 [B, L, N, H].
+  """
+  b, l, n, h = q.shape
+  if window is not None and window >= l:
+    window = None
+  if implementation not in ('mapped', 'blockwise'):
+    out = jax.nn.dot_product_attention(
+        q.astype(dtype), k.astype(dtype), v.astype(dtype),
+        scale=1.0,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+    return out.astype(jnp.float32)
+  heads = k.shape[2]
+  # Gradients leave `one_head` in float32, whatever the products' dtype.
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  q = q.reshape(b, l, heads, n // heads, h)
+  one_head = lambda q, k, v: _one_head(q, k, v, window, dtype)
+  if implementation == 'blockwise':
+    all_heads = jax.vmap(one_head, in_axes=1, out_axes=1)
+    return jax.vmap(all_heads)(q, k, v).reshape(b, l, n, h)
+  flat = lambda x: jnp.moveaxis(x, 2, 1).reshape(b * heads, l, *x.shape[3:])
+  out = lax.map(lambda qkv: one_head(*qkv), (flat(q), flat(k), flat(v)))
+  out = out.reshape(b, heads, l, n // heads, h)
+  return jnp.moveaxis(out, 1, 2).reshape(b, l, n, h)
+
+
+def attend_cached(q, k, v, mask, dtype):
+  """Attention over a key/value cache with an explicit mask.
+
+  Shapes as in `attend`, with k, v [B, S, K, H] and mask [B, 1, L, S].
+  """
+  out = jax.nn.dot_product_attention(
+      q.astype(dtype), k.astype(dtype), v.astype(dtype), mask=mask, scale=1.0
+  )
+  return out.astype(jnp.float32)
+
+
+def why_not_cudnn(
+    num_heads: int, num_kv_heads: int, head_dim: int, window: int, dtype
+) -> str | None:
+  """Tries cuDNN's kernels, forward and backward, on a short random sequence.
+
+  What they serve depends on GPU and version: backward with heads wider than
+  128 takes Hopper and cuDNN 9.5, or Blackwell and 9.23. JAX checks a part of
+  that, the rest shows when XLA compiles; so ask them.
+
+  Returns:
+    None if they work, else the first line of what they say.
+  """
+  length = 2 * window
+  shape = lambda heads: jnp.ones((1, length, heads, head_dim), jnp.float32)
+  qkv = shape(num_heads), shape(num_kv_heads), shape(num_kv_heads)
+  try:
+    for reach in (window, None):
+      total = lambda q, k, v, reach=reach: jnp.sum(
+          attend(q, k, v, reach, dtype, 'cudnn')
+      )
+      out = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*qkv)
+      jax.block_until_ready(out)
+  except (RuntimeError, ValueError) as error:  # XLA's errors are the former.
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+  return None
+
+
+class _Run(NamedTuple):
+  """Blocks of queries, one after the other, that read equally many keys.
+
+  Attributes:
+    start: the first query.
+    block: queries a block.
+    count: blocks.
+    reach: keys a block reads: those up to its last query, or, where these are
+      fewer, the first ones of the sequence.
+  """
+
+  start: int
+  block: int
+  count: int
+  reach: int
+
+  @property
+  def stop(self) -> int:
+    return self.start + self.block * self.count
+
+  def cut(self, x):
+    """[L, ...] -> [count, block, ...]."""
+    x = x[self.start : self.stop]
+    return x.reshape(self.count, self.block, *x.shape[1:])
+
+  def first_key(self, i):
+    """Of the i-th block."""
+    return jnp.maximum(self.start + self.block * (i + 1) - self.reach, 0)
+
+
+def _runs(length: int, window: int | None, group: int) -> list[_Run]:
+  """Cuts a sequence: growing reach, then the window's, then the rest."""
+  window = length if window is None else window
+  block = min(_ROWS // group, window // 4)
+  block = max(block - block % _TILE, _TILE)
+  widest = _whole_tiles(block + window - 1)
+  count = length // block
+  growing = min(count, (widest - 1) // block)
+  # Two blocks at least: a loop keeps one block's scores, straight code all.
+  step = max(2, math.ceil(growing / _PIECES))
+  runs = []
+  for i in range(0, growing, step):
+    j = min(i + step, growing)
+    runs.append(_Run(i * block, block, j - i, j * block))
+  if count > growing:
+    runs.append(_Run(growing * block, block, count - growing, widest))
+  rest = length % block
+  if rest:
+    reach = min(_whole_tiles(rest + window - 1), length)
+    runs.append(_Run(length - rest, rest, 1, reach))
+  return runs
+
+
+def _whole_tiles(length):
+  return math.ceil(length / _TILE) * _TILE
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _one_head(q, k, v, window, dtype):
+  """float32 q [L, G, H], k [L, H], v [L, H] -> float32 [L, G, H]."""
+  return _forward(q, k, v, window, dtype)[0]
+
+
+def _forward(q, k, v, window, dtype):
+  # Only q, k and v are kept for the backward pass, which computes a block's
+  # scores anew. With their log-sum too it was no faster on a CPU, and a
+  # rematerialisation policy that keeps products would keep all scores for it.
+  q, k, v = (x.astype(dtype) for x in (q, k, v))
+  outputs = []
+  for run in _runs(len(q), window, q.shape[1]):
+    def step(_, xs, run=run):
+      i, q = xs
+      first = run.first_key(i)
+      exps, total = _softmax(q, _keys(k, first, run), first, i, run, window)
+      values = _keys(v, first, run)
+      return None, _product('lgs,sh->lgh', exps.astype(dtype), values) / total
+    _, out = lax.scan(step, None, (jnp.arange(run.count), run.cut(q)))
+    outputs.append(out.reshape(-1, *q.shape[1:]))
+  return jnp.concatenate(outputs), (q, k, v)
+
+
+def _backward(window, dtype, saved, g):
+  # Else XLA may find the scores of the forward pass, equal, and keep them.
+  (q, k, v), g = lax.optimization_barrier((saved, g.astype(dtype)))
+  dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+  dqs = []
+  for run in _runs(len(q), window, q.shape[1]):
+    def step(sums, xs, run=run):
+      i, q, g = xs
+      first = run.first_key(i)
+      keys = _keys(k, first, run)
+      exps, total = _softmax(q, keys, first, i, run, window)
+      weights = exps / total
+      dweights = _product('lgh,sh->lgs', g, _keys(v, first, run))
+      mean = jnp.sum(weights * dweights, axis=-1, keepdims=True)
+      dscores = (weights * (dweights - mean)).astype(dtype)
+      dk = _product('lgs,lgh->sh', dscores, q)
+      dv = _product('lgs,lgh->sh', weights.astype(dtype), g)
+      sums = tuple(
+          lax.dynamic_update_slice_in_dim(x, _keys(x, first, run) + dx, first, 0)
+          for x, dx in zip(sums, (dk, dv))
+      )
+      return sums, _product('lgs,sh->lgh', dscores, keys)
+    xs = jnp.arange(run.count), run.cut(q), run.cut(g)
+    (dk, dv), dq = lax.scan(step, (dk, dv), xs)
+    dqs.append(dq.reshape(-1, *q.shape[1:]))
+  return jnp.concatenate(dqs), dk, dv
+
+
+_one_head.defvjp(_forward, _backward)
+
+
+def _softmax(q, keys, first, i, run, window):
+  """exp(scores - their maximum) [l, G, s] of the i-th block; their sums."""
+  scores = _product('lgh,sh->lgs', q, keys)
+  positions = run.start + run.block * i + jnp.arange(run.block)
+  key_positions = first + jnp.arange(run.reach)
+  mask = visible(positions[None], key_positions[None], window)[0, 0]
+  scores = jnp.where(mask[:, None], scores, -jnp.inf)
+  exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  return exps, jnp.sum(exps, axis=-1, keepdims=True)
+
+
+def _keys(x, first, run):
+  return lax.dynamic_slice_in_dim(x, first, run.reach)
+
+
+def _product(equation, x, y):
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
