@@ -14,12 +14,12 @@ from gemma_qat.reporting import tables
 from gemma_qat.training import forecast as forecasts
 
 COLUMNS = (
-    'size', 'devices', 'data x fsdp x tensor', 'rows x tokens', 'trained',
-    'compiler', 'weights', 'optimizer', 'teacher', 'temporaries', 'total',
+    'size', 'devices', 'data x fsdp x tensor', 'gathers', 'rows x tokens',
+    'trained', 'compiler', 'weights', 'optimizer', 'teacher', 'temporaries', 'total',
     'left over', 'GB sent', 'TFLOP', 'at best s', 'MFU', 'h', 'estimated s',
     'MFU', 'h',
 )
-_WORDS = 6
+_WORDS = 7
 
 
 def figures(found: forecasts.Forecast) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def figures(found: forecasts.Forecast) -> dict[str, Any]:
       'compiler': found.compiler,
       'compile_seconds': found.seconds,
       'mesh': dict(found.mesh),
+      'gather': found.gather,
       'batch_size': found.batch,
       'length': found.length,
       'steps': found.steps,
@@ -71,8 +72,9 @@ def detail(found: forecasts.Forecast) -> list[sheets.Sheet]:
   f = figures(found)
   mesh = ' '.join(f'{axis}={n}' for axis, n in found.mesh.items())
   title = (
-      f'{found.size} on {found.topology.name} ({mesh}), {found.batch} x '
-      f'{found.length} tokens a step; trained: {found.trained}. Compiled by '
+      f'{found.size} on {found.topology.name} ({mesh} gather={found.gather}), '
+      f'{found.batch} x {found.length} tokens a step; trained: '
+      f'{found.trained}. Compiled by '
       f'{found.compiler} in {found.seconds:.0f} s.'
   )
   some = [_memory(f, title)]
@@ -90,7 +92,8 @@ def row(f: Mapping[str, Any]) -> tuple[str, ...]:
   return (
       f['size'], f['topology'],
       ' x '.join(str(n) for n in f['mesh'].values()),
-      f'{f["batch_size"]} x {f["length"]}', f['trained'], f['compiler'],
+      f['gather'], f'{f["batch_size"]} x {f["length"]}', f['trained'],
+      f['compiler'],
       *(_gb(parts[p]) for p in ('weights', 'optimizer', 'teacher')),
       _gb(memory and _beside(f)), _gb(f['needed_bytes']), _spare(f),
       _gb(sent), _tera(f['flops']),

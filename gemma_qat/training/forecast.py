@@ -27,7 +27,7 @@ from gemma_qat.training import topologies
 
 # What 'auto' means where the machine cannot be asked. A GPU would take 'cudnn',
 # for which nothing compiles here.
-_DTYPE, _ATTENTION = 'bfloat16', 'xla'
+_DTYPE, _ATTENTION = 'bfloat16', 'blockwise'
 _PARTITIONED = '*.after_spmd-partitioning.*.txt'
 
 
@@ -37,9 +37,9 @@ class Forecast:
 
   Attributes:
     size, topology, compiler: what was compiled, for what, by what.
-    mesh: {axis: size}.
+    mesh: {axis: size}; gather: what of the student travels under fsdp.
     batch, length, steps: of the run.
-    trained: groups of trained leaves, with the modes of the weights.
+    trained: groups of trained leaves.
     parts: bytes of the arguments: 'weights' (of the student, in whatever form),
       'optimizer', 'teacher', 'batch'.
     memory: what the compiler says; None if the program does not fit.
@@ -53,6 +53,7 @@ class Forecast:
   topology: topologies.Topology
   compiler: str
   mesh: Mapping[str, int]
+  gather: str
   batch: int
   length: int
   steps: int
@@ -160,8 +161,8 @@ def make(
       cannot be described here.
   """
   found = topologies.describe(topology)
-  mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=found)
   s = settings.read(for_target(config))
+  mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor, found)
   sharding.check(
       mesh, 'config.train.batch_size', (s.train.batch_size,), ('batch',)
   )
@@ -182,6 +183,7 @@ def make(
       topology=topology,
       compiler=topologies.compiler(topology),
       mesh=dict(mesh.shape),
+      gather=s.mesh.gather,
       batch=s.train.batch_size,
       length=s.train.length,
       steps=s.train.steps,
@@ -242,15 +244,18 @@ def _partitioned(lowered):
         'xla_dump_to': folder,
         'xla_dump_hlo_pass_re': 'spmd-partitioning',
         'xla_dump_hlo_as_text': True,
+        # Nobody will run it.
+        'xla_backend_optimization_level': 0,
+        'xla_llvm_disable_expensive_passes': True,
     })
-    # Small programs beside it (of constants) are not parted.
+    # There is none for a single device; small programs (of constants) may
+    # have theirs.
     texts = [
         path.read_text(encoding='utf-8')
         for path in pathlib.Path(folder).glob(_PARTITIONED)
     ]
-  return compiled.memory(program), compiled.read(
-      max(texts, key=len), scattering=True
-  )
+  text = max(texts, key=len, default=None) or program.as_text()
+  return compiled.memory(program), compiled.read(text, scattering=True)
 
 
 def _needed(refusal):

@@ -5,6 +5,7 @@ machine. No GPU compiler runs without its GPU: the devices of 'gpu:8xH100' are
 as many simulated CPU devices, for which the same partitioner works.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -32,6 +33,8 @@ _QUIET = {
 }
 # Two halves of a chip that JAX sees as one device.
 _OPTIONS = {'v4': {'chip_config_name': 'megacore'}}
+# Whoever sets this flag has chosen a number already.
+_FORCED = 'xla_force_host_platform_device_count'
 _FORM = 'TPU:SIZES such as v5p:4x4x4 or v5e:4x4, or gpu:NUMBERxNAME'
 
 
@@ -127,11 +130,10 @@ def _tpus(topology):
 
 def _simulated(topology):
   _keep_to_cpu()
-  try:
-    # Has no effect, and says so, once JAX has started.
-    jax.config.update('jax_num_cpu_devices', topology.count)
-  except RuntimeError:
-    pass
+  if _FORCED not in os.environ.get('XLA_FLAGS', ''):
+    # Once JAX has started it refuses; then it has what it has.
+    with contextlib.suppress(RuntimeError):
+      jax.config.update('jax_num_cpu_devices', topology.count)
   found = jax.devices('cpu')
   if len(found) < topology.count:
     raise errors.UserError(
