@@ -1,6 +1,7 @@
 """The table of plans has a row for every slice that the configs name."""
 
 import importlib
+import math
 
 import jax
 import pytest
@@ -9,8 +10,9 @@ from experiments import plans
 from gemma_qat import sharding
 from gemma_qat.commands import config_flags
 from gemma_qat.model import config as model_config
-from gemma_qat.training import student as student_lib
+from gemma_qat.model import weights
 from gemma_qat.training import settings
+from gemma_qat.training import student as student_lib
 from gemma_qat.training import topologies
 
 VARIANTS = [
@@ -36,15 +38,13 @@ def test_a_variant_has_a_mesh_of_its_slice_and_whole_blocks(size, variant):
       f'experiments/configs/gemma3_{size}.py:{variant}'
   )
   s = settings.read(config)
-  shape = dict(zip(sharding.MESH_AXES, (s.mesh.data, s.mesh.fsdp, s.mesh.tensor)))
-  count = topologies.parse(plans.topology(variant)).count
-  assert shape['data'] * shape['fsdp'] * shape['tensor'] == count
-  assert s.train.batch_size % (shape['data'] * shape['fsdp']) == 0
+  sizes = s.mesh.data, s.mesh.fsdp, s.mesh.tensor
+  assert math.prod(sizes) == topologies.parse(plans.topology(variant)).count
+  mesh = jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
+  sharding.check(mesh, 'batch', (s.train.batch_size,), ('batch',))
   model = model_config.variant(size)
-  mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
   plan = student_lib.make_plan(model, s.quant)
-  student_lib.shardings(
-      mesh, model, student_lib.split(
-          student_lib.abstract_student(model, plan), {}
-      )[1],
-  )
+  for path, spec in weights.tree_specs(model).items():
+    sharding.check(
+        mesh, path, spec.shape, spec.axes, block=32 if path in plan else 1
+    )
