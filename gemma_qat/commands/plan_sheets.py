@@ -15,8 +15,8 @@ from gemma_qat.training import forecast as forecasts
 
 COLUMNS = (
     'size', 'devices', 'data x fsdp x tensor', 'gathers', 'rows x tokens',
-    'trained', 'compiler', 'weights', 'optimizer', 'teacher', 'temporaries', 'total',
-    'left over', 'GB sent', 'TFLOP', 'at best s', 'MFU', 'h', 'estimated s',
+    'trained', 'compiler', 'weights', 'optimizer', 'teacher', 'temporaries',
+    'total', 'left over', 'GB sent', 'TFLOP', 'at best s', 'MFU', 'h', 'estimated s',
     'MFU', 'h',
 )
 _WORDS = 7
@@ -102,7 +102,7 @@ def row(f: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def table(plans: Iterable[Mapping[str, Any]]) -> sheets.Sheet:
-  """Many plans; see NOTES for what stands where."""
+  """Many plans, a row each."""
   return sheets.Sheet(
       'Of one device: memory in GB, GB sent to other devices and TFLOP of '
       'products in a step. Seconds are of a step, hours of all steps.',

@@ -67,7 +67,9 @@ def test_arguments_are_those_that_lie_on_a_device(gpus):
 def test_bytes_of_a_device_follow_from_the_cut():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   place = lambda *axes: sharding.named(mesh, axes)
-  cut = jax.ShapeDtypeStruct((8, 64), np.float32, sharding=place('mlp', 'embed'))
+  cut = jax.ShapeDtypeStruct(
+      (8, 64), np.float32, sharding=place('mlp', 'embed')
+  )
   whole = jax.ShapeDtypeStruct((7,), np.int8, sharding=place('norm'))
   assert forecast.device_bytes({'a': cut, 'b': (whole,)}) == 8 * 64 + 7
 
