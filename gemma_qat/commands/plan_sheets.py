@@ -133,6 +133,10 @@ def _memory(f, title):
         'Arguments are exact. Temporaries are those of the compiler for CPUs, '
         'which computes some of bfloat16 in float32: an upper estimate.'
     )
+    notes.append(
+        'JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says '
+        'otherwise, such as 0.95.'
+    )
   return sheets.Sheet(title, ('GB of one device', ''), rows, tuple(notes))
 
 
