@@ -20,6 +20,7 @@ CONFIGS = ('270m', '1b', '4b', '12b', '27b')
 # Rows beside those of the configs' DEVICES: (size, variant, name, changes).
 EXTRA = (
     ('27b', 'v5p-2x2x4', 'codes', ('--config.mesh.gather=codes',)),
+    ('27b', 'h100-8', 'bfloat16', ('--config.optimizer.moments=bfloat16',)),
 )
 INTRODUCTION = '''Made by `python experiments/plans.py`: the training step of
 `experiments/configs/gemma3_SIZE.py`, compiled ahead of time for devices that
@@ -35,7 +36,8 @@ NOTES = (
     'was read; their temporaries are those of a CPU, which computes some of '
     'bfloat16 in float32, and are an upper estimate.',
     'GB sent: by a device to others in a step, if every collective is a ring; '
-    'loops counted as often as they run.',
+    'loops counted as often as they run. links s: that at the published '
+    'bandwidth of all links together.',
     'TFLOP: products of the compiled program, recomputation and masked '
     'attention included; MFU counts what the model asks for alone '
     '(`gemma_qat/model/flops.py`).',

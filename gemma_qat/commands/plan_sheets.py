@@ -15,11 +15,11 @@ from gemma_qat.training import forecast as forecasts
 
 COLUMNS = (
     'size', 'devices', 'data x fsdp x tensor', 'gathers', 'rows x tokens',
-    'trained', 'compiler', 'weights', 'optimizer', 'teacher', 'temporaries',
-    'total', 'left over', 'GB sent', 'TFLOP', 'at best s', 'MFU', 'h', 'estimated s',
-    'MFU', 'h',
+    'trained', 'by', 'compiler', 'weights', 'optimizer', 'teacher',
+    'temporaries', 'total', 'left over', 'GB sent', 'TFLOP', 'links s',
+    'at best s', 'MFU', 'h', 'estimated s', 'MFU', 'h',
 )
-_WORDS = 7
+_WORDS = 8
 
 
 def figures(found: forecasts.Forecast) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def figures(found: forecasts.Forecast) -> dict[str, Any]:
       'length': found.length,
       'steps': found.steps,
       'trained': found.trained,
+      'moments': found.moments,
       'model_flops': found.model_flops,
       'arguments_bytes': dict(found.parts),
       'memory_bytes': memory,
@@ -74,7 +75,7 @@ def detail(found: forecasts.Forecast) -> list[sheets.Sheet]:
   title = (
       f'{found.size} on {found.topology.name} ({mesh} gather={found.gather}), '
       f'{found.batch} x {found.length} tokens a step; trained: '
-      f'{found.trained}. Compiled by '
+      f'{found.trained} by {found.moments}. Compiled by '
       f'{found.compiler} in {found.seconds:.0f} s.'
   )
   some = [_memory(f, title)]
@@ -93,11 +94,12 @@ def row(f: Mapping[str, Any]) -> tuple[str, ...]:
       f['size'], f['topology'],
       ' x '.join(str(n) for n in f['mesh'].values()),
       f['gather'], f'{f["batch_size"]} x {f["length"]}', f['trained'],
-      f['compiler'],
+      f['moments'], f['compiler'],
       *(_gb(parts[p]) for p in ('weights', 'optimizer', 'teacher')),
       _gb(memory and _beside(f)), _gb(f['needed_bytes']), _spare(f),
       _gb(sent), _tera(f['flops']),
-      *_times(f, 'best'), *_times(f, 'estimated'),
+      _seconds(f['link_seconds']), *_times(f, 'best'),
+      *_times(f, 'estimated'),
   )
 
 

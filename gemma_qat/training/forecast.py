@@ -40,6 +40,7 @@ class Forecast:
     mesh: {axis: size}; gather: what of the student travels under fsdp.
     batch, length, steps: of the run.
     trained: groups of trained leaves.
+    moments: how the optimizer keeps its statistics.
     parts: bytes of the arguments: 'weights' (of the student, in whatever form),
       'optimizer', 'teacher', 'batch'.
     memory: what the compiler says; None if the program does not fit.
@@ -58,6 +59,7 @@ class Forecast:
   length: int
   steps: int
   trained: str
+  moments: str
   parts: Mapping[str, int]
   memory: compiled.Memory | None
   refusal: str
@@ -188,6 +190,7 @@ def make(
       length=s.train.length,
       steps=s.train.steps,
       trained=', '.join(sorted(set(groups.values()))),
+      moments=f'{s.optimizer.name}, {s.optimizer.moments}',
       parts=parts,
       memory=memory,
       refusal=refusal,

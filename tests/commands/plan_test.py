@@ -9,6 +9,7 @@ import pytest
 from gemma_qat import __main__ as cli
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import random_weights
+from gemma_qat.commands import plan_sheets
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 
@@ -45,6 +46,18 @@ def test_a_plan_says_memory_traffic_and_time(checkpoint, tmp_path, capsys):
   assert found['collectives']['all-gather']['sent_bytes'] > 0
   needed = found['needed_bytes'] - sum(found['arguments_bytes'].values())
   assert needed > 0
+
+
+def test_a_table_has_a_cell_for_every_column(checkpoint, tmp_path):
+  out = tmp_path / 'plan.json'
+  assert cli.main([
+      'plan', CONFIG, f'--config.model.checkpoint={checkpoint}',
+      '--topology=gpu:1xH100', f'--json={out}',
+  ]) == 0
+  sheet = plan_sheets.table([json.loads(out.read_text(encoding='utf-8'))])
+  row, = sheet.rows
+  assert len(row) == len(sheet.columns)
+  assert row[:3] == ('tiny', 'gpu:1xH100', '1 x 1 x 1')
 
 
 @pytest.mark.parametrize('flags, words', [
