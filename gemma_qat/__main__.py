@@ -16,6 +16,7 @@ COMMANDS = {
     'evaluate': 'perplexity, KL divergence and top-1 agreement of models',
     'sample': 'generate text',
     'memory': 'what a size and format needs, before anything is downloaded',
+    'plan': 'memory, traffic and time of a run on devices not at hand',
     'inspect': 'what is in a model file: sizes, formats, metadata',
 }
 

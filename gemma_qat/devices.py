@@ -7,6 +7,9 @@ nothing is known: callers then say FLOP/s and no utilisation. Sources:
   specifications"). A device is what JAX calls one: half a chip of v2, v3 and
   TPU7x, a whole one of the others. The tables give links in both directions
   together; half of it is what a device sends. v4: 2,400 Gbit/s a direction.
+  Memory: what libtpu 0.0.42 says that a program can have. Clocks: "TPU v4"
+  (Jouppi et al. 2023, table 4) for v2 to v4; v5e and v5p follow from the peak
+  and the four units of 128 x 128 a core that their tables name.
 - H100, H200, B200, A100, L4, L40S, A10, T4: NVIDIA's data sheets, whose
   figures with sparsity are halved. A10G: AWS's figure, 70 TFLOP/s.
 - RTX 3090: GA102 whitepaper, appendix A; RTX 4080, 4090: Ada whitepaper,
@@ -34,6 +37,7 @@ class Device:
     memory_bytes: of its own memory.
     memory_bandwidth: bytes/s between that memory and its cores.
     link_bandwidth: bytes/s that it can send to others, all links together.
+    clock: of a TPU's cores in Hz, where it is published.
   """
 
   name: str
@@ -41,22 +45,26 @@ class Device:
   memory_bytes: int
   memory_bandwidth: float
   link_bandwidth: float
+  clock: float | None
 
 
-def _device(name, teraflops, gib, gigabytes, links):
+def _device(name, teraflops, gib, gigabytes, links, gigahertz=None):
   flops = None if teraflops is None else teraflops * 1e12
-  return Device(name, flops, round(gib * GIB), gigabytes * 1e9, links * 1e9)
+  clock = None if gigahertz is None else gigahertz * 1e9
+  return Device(
+      name, flops, round(gib * GIB), gigabytes * 1e9, links * 1e9, clock
+  )
 
 
-# TFLOP/s, GiB, GB/s of memory, GB/s of links in one direction.
+# TFLOP/s, GiB, GB/s of memory, GB/s of links in one direction, GHz.
 TPUS = {d.name: d for d in (
-    _device('v2', 22.5, 8, 350, 62),
-    _device('v3', 61.5, 16, 450, 82),
-    _device('v4', 275, 32, 1200, 300),
-    _device('v5e', 197, 16, 819, 200),
-    _device('v5p', 459, 95, 2765, 600),
-    _device('v6e', 918, 32, 1638, 400),
-    _device('tpu7x', 1153.5, 96, 3690, 300),
+    _device('v2', 22.5, 7.48, 350, 62, 0.7),
+    _device('v3', 61.5, 15.48, 450, 82, 0.94),
+    _device('v4', 275, 30.75, 1200, 300, 1.05),
+    _device('v5e', 197, 15.75, 819, 200, 1.5),
+    _device('v5p', 459, 95.74, 2765, 600, 1.75),
+    _device('v6e', 918, 31.25, 1638, 400),
+    _device('tpu7x', 1153.5, 94.75, 3690, 300),
 )}
 # A more particular name stands before the one that it begins with.
 GPUS = {d.name: d for d in (

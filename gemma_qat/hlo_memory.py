@@ -9,13 +9,32 @@ _FREE = (
     'opt-barrier', 'optimization-barrier', 'async-start',
 )
 
+# What holds the same elements in another form.
+_SAME = ('bitcast', 'convert', 'reshape', 'copy')
+
 
 def only_slices(program: hlo.Program, where: str, name: str) -> bool:
-  """Whether nobody reads more of an array than slices of it."""
-  return _read_bytes(program, where, name) is not None
+  """Whether an array is read, and by nothing but dynamic slices."""
+  body = program.computations[where]
+  users = [
+      (line, i) for line in body.values()
+      for i, operand in enumerate(line.operands) if operand == name
+  ]
+  def is_slice(line, i):
+    if line.opcode in _SAME:
+      return only_slices(program, where, line.name)
+    if (inner := hlo.fused(program, line)) is not None:
+      parameter = _parameter(program, inner, i)
+      return parameter and only_slices(program, inner, parameter.name)
+    return line.opcode == 'dynamic-slice' and i == 0
+  return bool(users) and not body[name].is_root and all(
+      is_slice(*user) for user in users
+  )
 
 
-def memory_bytes(program: hlo.Program, where: str, line: hlo.Instruction) -> float:
+def memory_bytes(
+    program: hlo.Program, where: str, line: hlo.Instruction
+) -> float:
   """Bytes that an instruction reads from and writes to main memory.
 
   Slices and gathers read what they take, an update in place writes what is
@@ -48,9 +67,9 @@ def _read_bytes(program, where, name):
     for i, operand in enumerate(line.operands):
       if operand != name:
         continue
-      if line.is_root and line.opcode in ('tuple', 'bitcast', 'convert'):
+      if line.is_root and line.opcode in _SAME:
         return None
-      if line.opcode in ('bitcast', 'convert', 'reshape'):
+      if line.opcode in _SAME:
         part = _read_bytes(program, where, line.name)
       else:
         part = _part_read(program, line, i)
@@ -69,14 +88,18 @@ def _part_read(program, line, i):
   inner = hlo.fused(program, line)
   if inner is None:
     return None
-  body = program.computations[inner]
-  parameter = next(
-      (x for x in body.values()
-       if x.opcode == 'parameter' and int(x.inside) == i), None
-  )
+  parameter = _parameter(program, inner, i)
   if parameter is None or parameter.is_root:
     return None
   return _read_bytes(program, inner, parameter.name)
+
+
+def _parameter(program, inner, i):
+  """What operand i of a fusion is called inside."""
+  return next(
+      (x for x in program.computations[inner].values()
+       if x.opcode == 'parameter' and int(x.inside) == i), None
+  )
 
 
 def _in_place(program, where, line):

@@ -1,6 +1,7 @@
 """What is read from a compiled program is what the program was made to do."""
 
 import functools
+import pathlib
 
 import jax
 from jax import lax
@@ -195,59 +196,11 @@ def test_a_cpu_program_has_no_cycles():
 
 # As a TPU's compiler writes: rounds only in the condition, a reduce-scatter as
 # a fusion, gathers that are started and awaited, groups named by mesh axes.
-TPU_TEXT = '''HloModule jit_f, is_scheduled=true, num_partitions=8
-
-%scatter (input: f32[64,32]) -> f32[16,32] {
-  %input = f32[64,32]{1,0:T(8,128)S(1)} parameter(0)
-  %all-reduce.1 = f32[64,32]{1,0:T(8,128)} all-reduce(%input), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
-  %start = u32[] partition-id()
-  %zero = u32[] constant(0)
-  ROOT %slice = f32[16,32]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %start, %zero), dynamic_slice_sizes={16,32}
-}
-
-%batched (p0: bf16[4,8,16], p1: bf16[4,16,32]) -> bf16[4,8,32] {
-  %p0 = bf16[4,8,16]{2,1,0} parameter(0)
-  %p1 = bf16[4,16,32]{2,1,0} parameter(1)
-  ROOT %convolution = bf16[4,8,32]{2,1,0} convolution(%p0, %p1), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
-}
-
-%body (arguments: (s32[], f32[64,32], bf16[4,8,16], bf16[4,16,32])) -> (s32[], f32[64,32], bf16[4,8,16], bf16[4,16,32]) {
-  %arguments = (s32[]{:T(128)}, f32[64,32]{1,0:T(8,128)S(1)}, bf16[4,8,16]{2,1,0}, /*index=3*/bf16[4,16,32]{2,1,0}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%arguments), index=0
-  %x = f32[64,32]{1,0:T(8,128)S(1)} get-tuple-element(%arguments), index=1
-  %a = bf16[4,8,16]{2,1,0} get-tuple-element(%arguments), index=2
-  %b = bf16[4,16,32]{2,1,0} get-tuple-element(%arguments), index=3
-  %one = s32[]{:T(128)} constant(1)
-  %next = s32[]{:T(128)} add(%i, %one)
-  %fusion.1 = f32[16,32]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%scatter, backend_config={"estimated_cycles":"100"}
-  %fusion.2 = bf16[4,8,32]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%batched, backend_config={"estimated_cycles":"7"}
-  %gather-start = (f32[16,32]{1,0}, f32[32,32]{1,0}, u32[]{:S(2)}) all-gather-start(%fusion.1), channel_id=2, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
-  %gather-done = f32[32,32]{1,0} all-gather-done(%gather-start)
-  ROOT %result = (s32[]{:T(128)}, f32[64,32]{1,0:T(8,128)S(1)}, bf16[4,8,16]{2,1,0}, bf16[4,16,32]{2,1,0}) tuple(%next, %x, %a, %b)
-}
-
-%condition (arguments.1: (s32[], f32[64,32], bf16[4,8,16], bf16[4,16,32])) -> pred[] {
-  %arguments.1 = (s32[]{:T(128)}, f32[64,32]{1,0:T(8,128)S(1)}, bf16[4,8,16]{2,1,0}, bf16[4,16,32]{2,1,0}) parameter(0)
-  %limit = s32[]{:T(128)} constant(12)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%arguments.1), index=0
-  ROOT %compare = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
-}
-
-ENTRY %main (x.1: f32[64,32], a.1: bf16[4,8,16], b.1: bf16[4,16,32]) -> f32[64,32] {
-  %x.1 = f32[64,32]{1,0:T(8,128)} parameter(0)
-  %a.1 = bf16[4,8,16]{2,1,0} parameter(1)
-  %b.1 = bf16[4,16,32]{2,1,0} parameter(2)
-  %first = s32[]{:T(128)} constant(2)
-  %copy = s32[]{:T(128)} copy(%first)
-  %tuple = (s32[]{:T(128)}, f32[64,32]{1,0:T(8,128)S(1)}, bf16[4,8,16]{2,1,0}, bf16[4,16,32]{2,1,0}) tuple(%copy, %x.1, %a.1, %b.1)
-  %while = (s32[]{:T(128)}, f32[64,32]{1,0:T(8,128)S(1)}, bf16[4,8,16]{2,1,0}, bf16[4,16,32]{2,1,0}) while(%tuple), condition=%condition, body=%body, metadata={op_name="jit(f)/while"}
-  ROOT %out = f32[64,32]{1,0:T(8,128)} get-tuple-element(%while), index=1
-}
-'''
+TPU_PROGRAM = pathlib.Path(__file__).with_name('tpu_program.txt')
 
 
 def test_the_text_of_a_tpu_program_is_understood():
-  found = compiled.read(TPU_TEXT)
+  found = compiled.read(TPU_PROGRAM.read_text(encoding='utf-8'))
   assert not found.unknown_loops
   whole = 64 * 32 * 4
   gathered = 2 * 16 * 32 * 4
@@ -275,6 +228,12 @@ def test_an_all_reduce_that_is_sliced_can_count_as_a_reduce_scatter():
   assert scattered == {'reduce-scatter': (1, whole, whole * 3 / 4)}
   plain = compiled.read(text).by_kind()
   assert set(plain) <= {'all-reduce', 'reduce-scatter'}
+
+
+def test_an_all_reduce_that_is_wanted_whole_stays_one():
+  for f in (lambda x: lax.psum(x, 'b'), lambda x: jnp.sin(lax.psum(x, 'b'))):
+    found = compiled.read(_mapped(f).as_text(), scattering=True)
+    assert set(found.by_kind()) == {'all-reduce'}
 
 
 def test_a_program_on_one_device_moves_nothing():

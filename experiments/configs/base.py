@@ -104,10 +104,22 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
 
 
 def finish(
-    c: ml_collections.ConfigDict, variant: str
+    c: ml_collections.ConfigDict, variant: str, devices=None
 ) -> ml_collections.ConfigDict:
-  """Applies the variant behind the colon and locks the config."""
-  if variant == 'tiny':
+  """Applies the variant behind the colon and locks the config.
+
+  Args:
+    c: the config.
+    variant: what stands behind the colon, '' for nothing.
+    devices: {variant: (data, fsdp, tensor, rows a device)} of a config that is
+      meant for more than one device. Rows are per part of the batch, which
+      lies over data * fsdp.
+  """
+  devices = devices or {}
+  if variant in devices:
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor, rows = devices[variant]
+    c.train.batch_size = rows * c.mesh.data * c.mesh.fsdp
+  elif variant == 'tiny':
     c.model.checkpoint = 'random:tiny'
     c.quant.calibration_tokens = 256
     c.train.steps = 8
@@ -121,12 +133,15 @@ def finish(
     c.compute.dtype = 'float32'
     c.compute.remat = 'none'
     c.compute.kl_block = 128
+    # Two blocks across its width: no part of it for eight devices.
+    c.mesh.fsdp = c.mesh.tensor = 1
     c.evaluation.context = 64
     c.evaluation.chunks = 4
     c.evaluation.jax_chunks = 4
   elif variant:
+    known = ', '.join(f':{name}' for name in ('tiny', *devices))
     raise ValueError(
         f'Unknown variant {variant!r} behind the colon: leave it out, or '
-        "write ':tiny'."
+        f'write one of {known}.'
     )
   return c.lock()

@@ -12,9 +12,16 @@ import ml_collections
 
 from experiments.configs import base
 
+# (data, fsdp, tensor, rows a device): small enough to be whole on each.
+DEVICES = {
+    'h100-1': (1, 1, 1, 16),
+    'v5e-2x2': (4, 1, 1, 4),
+    'v6e-2x2': (4, 1, 1, 4),
+}
+
 
 def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = base.get_config().unlock()
   c.name = 'gemma3_270m'
   c.quant.calibration_tokens = 65_536
-  return base.finish(c, variant)
+  return base.finish(c, variant, DEVICES)

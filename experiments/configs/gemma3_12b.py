@@ -1,0 +1,35 @@
+"""Question: how much of the Q4_0 loss comes back in 5,000 steps at 12B?
+
+Weights, block scales and norm gains, from the reference rule.
+Not run yet: no machine was at hand. What each slice would take is planned in
+experiments/results/plans.md; the variant behind the colon names the slice.
+
+  gemma-qat plan --config=experiments/configs/gemma3_12b.py:v5e-4x8 \
+      --topology=v5p:2x2x2
+  gemma-qat run --config=experiments/configs/gemma3_12b.py:v5e-4x8 \
+      --config.model.checkpoint=path/to/gemma-3-12b-pt \
+      --workdir=runs/12b
+"""
+
+import ml_collections
+
+from experiments.configs import base
+
+# (data, fsdp, tensor, rows a device); 120 blocks of 32 across the width,
+# 8 key/value heads.
+DEVICES = {
+    'v5e-4x8': (1, 8, 4, 4),
+    'v6e-4x4': (1, 8, 2, 4),
+    'v5p-2x2x2': (1, 8, 1, 8),
+    'h100-8': (1, 8, 1, 4),
+}
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  c = base.get_config().unlock()
+  c.name = 'gemma3_12b'
+  c.model.checkpoint = 'random:12b'
+  # Second moments of an MLP's inputs would take 45 GB: no 'gptq'.
+  c.quant.start = 'reference'
+  c.mesh.fsdp = 8
+  return base.finish(c, variant, DEVICES)
