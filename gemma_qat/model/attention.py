@@ -150,18 +150,13 @@ class _Run(NamedTuple):
   count: int
   reach: int
 
-  @property
-  def stop(self) -> int:
-    return self.start + self.block * self.count
-
-  def cut(self, x):
-    """[L, ...] -> [count, block, ...]."""
-    x = x[self.start : self.stop]
-    return x.reshape(self.count, self.block, *x.shape[1:])
+  def first_query(self, i):
+    """Of the i-th block."""
+    return self.start + self.block * i
 
   def first_key(self, i):
     """Of the i-th block."""
-    return jnp.maximum(self.start + self.block * (i + 1) - self.reach, 0)
+    return jnp.maximum(self.first_query(i + 1) - self.reach, 0)
 
 
 def _runs(length: int, window: int | None, group: int) -> list[_Run]:
@@ -202,63 +197,68 @@ def _forward(q, k, v, window, dtype):
   # scores anew. With their log-sum too it was no faster on a CPU, and a
   # rematerialisation policy that keeps products would keep all scores for it.
   q, k, v = (x.astype(dtype) for x in (q, k, v))
-  outputs = []
+  # The output goes from block to block, so that no two of them run at once.
+  out = jnp.zeros(q.shape, jnp.float32)
   for run in _runs(len(q), window, q.shape[1]):
-    def step(_, xs, run=run):
-      i, q = xs
-      first = run.first_key(i)
-      exps, total = _softmax(q, _keys(k, first, run), first, i, run, window)
-      values = _keys(v, first, run)
-      return None, _product('lgs,sh->lgh', exps.astype(dtype), values) / total
-    _, out = lax.scan(step, None, (jnp.arange(run.count), run.cut(q)))
-    outputs.append(out.reshape(-1, *q.shape[1:]))
-  return jnp.concatenate(outputs), (q, k, v)
+    def step(out, i, run=run):
+      at, first = run.first_query(i), run.first_key(i)
+      keys, values = (_rows(x, first, run.reach) for x in (k, v))
+      exps, total = _softmax(
+          _rows(q, at, run.block), keys, at - first, window
+      )
+      block = _product('lgs,sh->lgh', exps.astype(dtype), values) / total
+      return lax.dynamic_update_slice_in_dim(out, block, at, 0), None
+    out, _ = lax.scan(step, out, jnp.arange(run.count))
+  return out, (q, k, v)
 
 
 def _backward(window, dtype, saved, g):
   # Else XLA may find the scores of the forward pass, equal, and keep them.
   (q, k, v), g = lax.optimization_barrier((saved, g.astype(dtype)))
-  dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-  dqs = []
+  sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
   for run in _runs(len(q), window, q.shape[1]):
-    def step(sums, xs, run=run):
-      i, q, g = xs
-      first = run.first_key(i)
-      keys = _keys(k, first, run)
-      exps, total = _softmax(q, keys, first, i, run, window)
+    def step(sums, i, run=run):
+      at, first = run.first_query(i), run.first_key(i)
+      queries, dout = (_rows(x, at, run.block) for x in (q, g))
+      keys, values = (_rows(x, first, run.reach) for x in (k, v))
+      exps, total = _softmax(queries, keys, at - first, window)
       weights = exps / total
-      dweights = _product('lgh,sh->lgs', g, _keys(v, first, run))
+      dweights = _product('lgh,sh->lgs', dout, values)
       mean = jnp.sum(weights * dweights, axis=-1, keepdims=True)
       dscores = (weights * (dweights - mean)).astype(dtype)
-      dk = _product('lgs,lgh->sh', dscores, q)
-      dv = _product('lgs,lgh->sh', weights.astype(dtype), g)
-      sums = tuple(
-          lax.dynamic_update_slice_in_dim(x, _keys(x, first, run) + dx, first, 0)
-          for x, dx in zip(sums, (dk, dv))
-      )
-      return sums, _product('lgs,sh->lgh', dscores, keys)
-    xs = jnp.arange(run.count), run.cut(q), run.cut(g)
-    (dk, dv), dq = lax.scan(step, (dk, dv), xs)
-    dqs.append(dq.reshape(-1, *q.shape[1:]))
-  return jnp.concatenate(dqs), dk, dv
+      dq, dk, dv = sums
+      return (
+          _add(dq, at, _product('lgs,sh->lgh', dscores, keys)),
+          _add(dk, first, _product('lgs,lgh->sh', dscores, queries)),
+          _add(dv, first, _product('lgs,lgh->sh', weights.astype(dtype), dout)),
+      ), None
+    sums, _ = lax.scan(step, sums, jnp.arange(run.count))
+  return sums
 
 
 _one_head.defvjp(_forward, _backward)
 
 
-def _softmax(q, keys, first, i, run, window):
-  """exp(scores - their maximum) [l, G, s] of the i-th block; their sums."""
+def _softmax(q, keys, ahead, window):
+  """exp(scores - their maximum) [l, G, s], and their sums.
+
+  The first query of the block stands `ahead` of its first key.
+  """
   scores = _product('lgh,sh->lgs', q, keys)
-  positions = run.start + run.block * i + jnp.arange(run.block)
-  key_positions = first + jnp.arange(run.reach)
-  mask = visible(positions[None], key_positions[None], window)[0, 0]
+  positions = ahead + jnp.arange(len(q))
+  mask = visible(positions[None], jnp.arange(len(keys))[None], window)[0, 0]
   scores = jnp.where(mask[:, None], scores, -jnp.inf)
   exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   return exps, jnp.sum(exps, axis=-1, keepdims=True)
 
 
-def _keys(x, first, run):
-  return lax.dynamic_slice_in_dim(x, first, run.reach)
+def _rows(x, start, count):
+  return lax.dynamic_slice_in_dim(x, start, count)
+
+
+def _add(x, start, rows):
+  old = lax.dynamic_slice_in_dim(x, start, len(rows))
+  return lax.dynamic_update_slice_in_dim(x, old + rows, start, 0)
 
 
 def _product(equation, x, y):
