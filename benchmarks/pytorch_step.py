@@ -42,7 +42,7 @@ def main(argv=None):
   training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=512)
   a = parser.parse_args(argv)
   case = training_step.make_case(a, 'derived')
-  ours = training_step.Stepper(case.job.step, case)
+  ours = training_step.Stepper(case.job.program.step, case)
   with Other(a) as other:
     timed = measure.interleave(ours, other, a.repeats)
     measure.emit(

@@ -27,7 +27,7 @@ def main(argv=None):
   steppers = []
   for mode in (a.mode, None):
     case = training_step.make_case(a, mode)
-    steppers.append(training_step.Stepper(case.job.step, case))
+    steppers.append(training_step.Stepper(case.job.program.step, case))
   ours, other = steppers
   measure.emit(
       f'training step, {a.mode} against no quantization',
