@@ -6,7 +6,7 @@ model, the optimizer, what is trained and what is recomputed are the same.
 
   python -m benchmarks.plain_step
   python -m benchmarks.plain_step --size=1b --layers=0 --vocabulary=0 \
-      --tokens=4096 --length=1024
+      --tokens=4096 --length=1024 --remat=products
 """
 
 from flax import traverse_util

@@ -7,7 +7,7 @@ take steps in turn; each waits while the other computes.
   python -m benchmarks.pytorch_step --torch_python=.venv-torch/bin/python
   python -m benchmarks.pytorch_step --torch_python=.venv-torch/bin/python \
       --size=1b --layers=0 --vocabulary=0 --tokens=8192 --length=1024 \
-      --dtype=bfloat16 --chunk=2048 --torch_compile
+      --remat=products --dtype=bfloat16 --chunk=1024 --torch_compile
 
 Both train the linear weights and the norms (ours straight-through, mode
 `derived`), the embedding stands still. Ours keeps float32 masters and moments;

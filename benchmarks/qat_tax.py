@@ -6,7 +6,7 @@ temporaries that the two compiled programs allocate.
 
   python -m benchmarks.qat_tax --mode=derived
   python -m benchmarks.qat_tax --size=1b --layers=0 --vocabulary=0 \
-      --tokens=8192 --length=1024
+      --tokens=8192 --length=1024 --remat=products
 
 The tax is one of weights, not of tokens: the more tokens a step, the less of
 it. The mode `codes` trains scales and no weights, so that its Adam has less to
