@@ -30,15 +30,20 @@ def main(argv=None):
   add('--tokens', type=int, default=1024)
   add('--width', type=int, default=640)
   add('--vocabulary', type=int, default=32_768)
-  add('--block', type=int, default=2048, help='of the vocabulary')
+  add('--block', type=int,
+      help='of the vocabulary, of both sides; chosen from the shapes if absent')
   add('--dtype', default='auto', help='of the products and the heads')
   add('--train_head', action='store_true')
   a = parser.parse_args(argv)
   dtype = jnp.dtype(settings.fast_dtype() if a.dtype == 'auto' else a.dtype)
   other = {'products': make_products, 'logits': make_materialised}[a.against]
+  block = a.block or losses.choose_block(a.tokens, a.width)
+  block = min(block, a.vocabulary)
+  if a.vocabulary % block:
+    parser.error(f'--vocabulary={a.vocabulary} must be a multiple of {block}.')
   arrays = _draw(a.tokens, a.width, a.vocabulary, dtype)
   ours, other = (
-      jax.jit(f(a.block, dtype, a.train_head)).lower(*arrays).compile()
+      jax.jit(f(block, dtype, a.train_head)).lower(*arrays).compile()
       for f in (make_ours, other)
   )
   head = ', trained head' if a.train_head else ''
@@ -46,7 +51,7 @@ def main(argv=None):
       'linear_kl and gradient against '
       f'{"its products alone" if a.against == "products" else "logits"}{head}',
       f'{a.tokens:,} tokens, D {a.width:,}, V {a.vocabulary:,}, '
-      f'blocks of {a.block:,}, {dtype.name}',
+      f'blocks of {block:,}, {dtype.name}',
       measure.interleave(
           lambda: ours(*arrays), lambda: other(*arrays), a.repeats
       ),
@@ -94,8 +99,7 @@ def make_products(block, dtype, train_head):
       return carry, _dot(p.T, student, 1, 0).astype(dtype)
 
     heads = jax.tree.map(
-        lambda x: x.reshape(-1, min(block, len(x)), x.shape[1]),
-        (head, teacher_head),
+        lambda x: x.reshape(-1, block, x.shape[1]), (head, teacher_head)
     )
     sums = lax.scan(body, [jnp.zeros(student.shape)] * 2, heads)[0]
     if train_head:

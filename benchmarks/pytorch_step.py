@@ -7,7 +7,7 @@ take steps in turn; each waits while the other computes.
   python -m benchmarks.pytorch_step --torch_python=.venv-torch/bin/python
   python -m benchmarks.pytorch_step --torch_python=.venv-torch/bin/python \
       --size=1b --layers=0 --vocabulary=0 --tokens=8192 --length=1024 \
-      --dtype=bfloat16 --chunk=2048 --torch_compile
+      --remat=products --dtype=bfloat16 --chunk=1024 --torch_compile
 
 Both train the linear weights and the norms (ours straight-through, mode
 `derived`), the embedding stands still. Ours keeps float32 masters and moments;
@@ -42,7 +42,7 @@ def main(argv=None):
   training_step.add_flags(parser, layers=6, vocabulary=65_536, tokens=512)
   a = parser.parse_args(argv)
   case = training_step.make_case(a, 'derived')
-  ours = training_step.Stepper(case.job.step, case)
+  ours = training_step.Stepper(case.job.program.step, case)
   with Other(a) as other:
     timed = measure.interleave(ours, other, a.repeats)
     measure.emit(

@@ -6,7 +6,7 @@ temporaries that the two compiled programs allocate.
 
   python -m benchmarks.qat_tax --mode=derived
   python -m benchmarks.qat_tax --size=1b --layers=0 --vocabulary=0 \
-      --tokens=8192 --length=1024
+      --tokens=8192 --length=1024 --remat=products
 
 The tax is one of weights, not of tokens: the more tokens a step, the less of
 it. The mode `codes` trains scales and no weights, so that its Adam has less to
@@ -27,7 +27,7 @@ def main(argv=None):
   steppers = []
   for mode in (a.mode, None):
     case = training_step.make_case(a, mode)
-    steppers.append(training_step.Stepper(case.job.step, case))
+    steppers.append(training_step.Stepper(case.job.program.step, case))
   ours, other = steppers
   measure.emit(
       f'training step, {a.mode} against no quantization',

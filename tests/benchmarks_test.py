@@ -17,6 +17,7 @@ from benchmarks import qat_tax
 from benchmarks import run_all
 
 _ROOT = pathlib.Path(__file__).parents[1]
+_TORCH = 'torch', 'torchao', 'transformers'
 _SIZES = ['--repeats=2', '--dtype=float32']
 _TINY = [*_SIZES, '--size=tiny', '--layers=1', '--vocabulary=0',
          '--tokens=32', '--length=16']
@@ -52,8 +53,8 @@ def test_plain_step_prints_its_line(capsys):
 
 
 @pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ('torch', 'torchao', 'transformers'))),
-    reason='torch, torchao and transformers are not installed here',
+    not all(map(importlib.util.find_spec, _TORCH)),
+    reason=f'not all of {", ".join(_TORCH)} are installed here',
 )
 def test_pytorch_step_prints_its_line(capsys):
   flags = [*_TINY, f'--torch_python={sys.executable}', '--chunk=16']
