@@ -258,7 +258,8 @@ def test_blockwise_attention_cut_over_devices_moves_nothing(window):
   ]
   run = _make_value_and_gradients(_attend(window, 'blockwise'))
   found = run(*spread)
-  for a, b in zip(found, _make_value_and_gradients(_materialised(window))(*qkv)):
+  expected = _make_value_and_gradients(_materialised(window))(*qkv)
+  for a, b in zip(found, expected):
     assert {s.data.shape for s in a.addressable_shards} == {
         (1, 420, b.shape[2] // 2, b.shape[3])
     }
