@@ -80,6 +80,9 @@ def prepare(
       step=jax.jit(
           step_lib.make_step(loss, optimizer, groups, s.train.accumulate),
           donate_argnums=0,
+          # The compiler would cut some of them otherwise, and the second step
+          # be compiled anew for that.
+          out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
       ),
       score=jax.jit(step_lib.make_score(loss, s.train.accumulate)),
       schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
