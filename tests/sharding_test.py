@@ -57,6 +57,30 @@ def test_replicated_arrays_are_whole_on_every_device():
   assert [s.data.shape for s in placed.addressable_shards] == 8 * [(3, 5)]
 
 
+@pytest.mark.parametrize('kept, spec', [
+    ((6, 4, 256, 64), (None, 'tensor', None, 'fsdp')),  # A moment.
+    ((6, 4, 256, 2), (None, 'tensor', None, 'fsdp')),  # Scales of blocks.
+    ((6, 4, 256, 3), (None, 'tensor', None, None)),  # They do not split.
+    ((6, 4, 256), (None, 'tensor', None)),  # Sums over an axis ...
+    ((6, 4, 64), (None, 'tensor', 'fsdp')),  # ... and another.
+    ((1,), ()),  # A place holder.
+    ((), ()),
+], ids=str)
+def test_what_is_kept_of_a_parameter_is_cut_like_it(kept, spec):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  parameter = sharding.named(mesh, ('layers', 'heads', 'head_dim', 'embed'))
+  found = sharding.of_statistics(parameter, (6, 4, 256, 64), kept)
+  assert tuple(found.spec) == spec
+  jax.device_put(np.zeros(kept), found)
+
+
+def test_sums_that_could_be_over_either_axis_of_a_square_stay_whole():
+  mesh = sharding.make_mesh(data=4, fsdp=2)
+  parameter = sharding.named(mesh, ('mlp', 'embed'))
+  found = sharding.of_statistics(parameter, (64, 64), (64,))
+  assert tuple(found.spec) == ()
+
+
 def test_an_axis_that_does_not_divide_is_named_with_sizes_that_work():
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=8)
   with pytest.raises(
