@@ -87,7 +87,7 @@ def detail(found: forecasts.Forecast) -> list[sheets.Sheet]:
 def row(f: Mapping[str, Any]) -> tuple[str, ...]:
   """One plan as a row under COLUMNS."""
   parts, memory = f['arguments_bytes'], f['memory_bytes']
-  sent = f['collectives'] and sum(
+  sent = None if f['collectives'] is None else sum(
       c['sent_bytes'] for c in f['collectives'].values()
   )
   return (

@@ -57,7 +57,7 @@ def test_a_table_has_a_cell_for_every_column(checkpoint, tmp_path):
   sheet = plan_sheets.table([json.loads(out.read_text(encoding='utf-8'))])
   row, = sheet.rows
   assert len(row) == len(sheet.columns)
-  assert row[:3] == ('tiny', 'gpu:1xH100', '1 x 1 x 1')
+  assert row[:3] == ('custom', 'gpu:1xH100', '1 x 1 x 1')
 
 
 @pytest.mark.parametrize('flags, words', [
