@@ -34,7 +34,7 @@ NOTES = (
     'libtpu rows: compiled for the very slice. XLA:CPU rows: compiled for as '
     'many simulated devices, before whose own passes the partitioned program '
     'was read; their temporaries are those of a CPU, which computes some of '
-    'bfloat16 in float32, and are an upper estimate.',
+    'bfloat16 in float32: a stand-in for what a GPU will want.',
     'GB sent: by a device to others in a step, if every collective is a ring; '
     'loops counted as often as they run. links s: that at the published '
     'bandwidth of all links together.',
@@ -42,9 +42,9 @@ NOTES = (
     'attention included; MFU counts what the model asks for alone '
     '(`gemma_qat/model/flops.py`).',
     'at best: the longest of products, memory traffic (TPUs) and links, each '
-    'at its published peak and all at once: a bound, no forecast. Runs reach '
-    'half to two thirds of it: published are 49.7 % MFU on eight H100 '
-    '(MaxText, Llama 2 7B) and 65 to 71 % on v5p.',
+    'at its published peak and all at once: a bound, no forecast. MFU that '
+    'others have reached: 49.7 % on eight H100 (MaxText, Llama 2 7B), 65 to '
+    '71 % on v5p.',
     "estimated: the compiler's cycles for all but collectives, which it does "
     'not estimate, at the published clock; then the links, as if nothing '
     'overlapped. None where no clock is published. (`optimal_seconds` of '

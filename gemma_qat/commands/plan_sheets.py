@@ -133,7 +133,7 @@ def _memory(f, title):
   if not f['compiler'].startswith('libtpu'):
     notes.append(
         'Arguments are exact. Temporaries are those of the compiler for CPUs, '
-        'which computes some of bfloat16 in float32: an upper estimate.'
+        'which computes some of bfloat16 in float32: a stand-in.'
     )
     notes.append(
         'JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says '
