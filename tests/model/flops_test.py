@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gemma_qat import losses
+from gemma_qat.model import attention
 from gemma_qat.model import config as model_config
 from gemma_qat.model import flops
-from gemma_qat.model import layers
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
 
@@ -69,7 +69,7 @@ def test_a_step_is_what_xla_counts_within_four_percent(train_head):
 ])
 def test_pairs_are_those_of_the_mask(length, window):
   positions = jnp.arange(length)[None]
-  mask = layers.visible(positions, positions, window)
+  mask = attention.visible(positions, positions, window)
   assert flops.visible_pairs(length, window) == int(np.sum(mask))
 
 
@@ -81,10 +81,10 @@ def test_a_step_takes_eight_flops_a_weight_and_token(size):
   )
   eight = 8 * count * 16 * 1024
   trained = flops.train_step(config, 16, 1024, train_head=True)
-  attention = flops.PASSES * flops.attention_forward(config, 16, 1024)
+  scores = flops.PASSES * flops.attention_forward(config, 16, 1024)
   # Gains are no products: less than a thousandth of the weights.
-  assert trained - attention == pytest.approx(eight, rel=1e-3)
-  assert attention < 0.15 * eight
+  assert trained - scores == pytest.approx(eight, rel=1e-3)
+  assert scores < 0.15 * eight
   frozen = flops.train_step(config, 16, 1024)
   head = 2 * config.vocab_size * config.embed_dim * 16 * 1024
   assert trained - frozen == head
