@@ -6,6 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from gemma_qat import sharding
+from gemma_qat.model import config as model_config
+from gemma_qat.model import weights
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import settings
 
@@ -38,9 +41,17 @@ GRADIENTS = {
 }
 
 
-def test_scales_move_relatively_and_other_leaves_absolutely():
-  updates = _updates(SETTINGS, GRADIENTS)
-  # Adam's first step has size 1 whatever the gradient.
+# Every way of keeping the state.
+STATES = {
+    'float32': {}, 'bfloat16': {'moments': 'bfloat16'},
+    'int8': {'moments': 'int8'}, 'adafactor': {'name': 'adafactor'},
+}
+
+
+@pytest.mark.parametrize('state', STATES)
+def test_scales_move_relatively_and_other_leaves_absolutely(state):
+  updates = _updates(_settings(**STATES[state]), GRADIENTS)
+  # The first step has size 1 whatever the gradient.
   np.testing.assert_allclose(updates['a/scale'], [-1e-6, -0.02], rtol=1e-3)
   np.testing.assert_allclose(updates['b/scale'], [0.03], rtol=1e-3)
   np.testing.assert_allclose(
@@ -98,3 +109,100 @@ def test_the_rate_warms_up_to_its_peak_and_ends_at_zero():
 def test_without_warm_up_the_first_step_has_the_peak_rate():
   schedule = optimizer_lib.make_schedule(SETTINGS, 100)
   assert float(schedule(0)) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize('size', ['270m', '4b'])
+@pytest.mark.parametrize('state, least, most', [
+    ('float32', 8, 8.001), ('bfloat16', 4, 4.001), ('int8', 2.093, 2.1),
+    ('adafactor', 0.004, 0.01),
+])
+def test_the_state_takes_the_bytes_a_weight_that_it_is_said_to(
+    size, state, least, most
+):
+  trained = {
+      path: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+      for path, spec in weights.tree_specs(model_config.variant(size)).items()
+  }
+  optimizer = optimizer_lib.make_optimizer(
+      _settings(**STATES[state]), 100, dict.fromkeys(trained, 'norms')
+  )
+  kept = jax.tree.leaves(jax.eval_shape(optimizer.init, trained))
+  count = sum(x.size for x in trained.values())
+  assert least <= sum(x.size * x.dtype.itemsize for x in kept) / count < most
+
+
+def test_adafactor_knows_each_head_of_each_layer_by_its_rows_and_columns():
+  # [G, N, H, D] and [G, D, N, H], as attention has them.
+  draw = np.random.default_rng(0)
+  size = lambda *shape: np.exp(draw.normal(0, 3, shape)).astype(np.float32)
+  sign = draw.choice([-1.0, 1.0], (2, 3, 128, 256)).astype(np.float32)
+  query = sign * size(2, 3, 128, 1) * size(2, 3, 1, 256)
+  gradients = {
+      'norm': jnp.asarray(query), 'b/scale': jnp.ones((1,)),
+      'a/scale': jnp.asarray(np.moveaxis(query, 3, 1)),
+  }
+  # What is a product of rows and columns is known exactly: steps of size 1.
+  params = jax.tree.map(jnp.ones_like, gradients)
+  updates = _updates(
+      _settings(name='adafactor', epsilon=1e-15), gradients, params=params
+  )
+  np.testing.assert_allclose(updates['norm'], -0.003 * sign, rtol=1e-3)
+  np.testing.assert_allclose(
+      updates['a/scale'], -0.01 * np.moveaxis(sign, 3, 1), rtol=1e-3
+  )
+
+
+def test_adafactors_decay_stops_at_b2():
+  s = _settings(name='adafactor', b2=0.5, learning_rate=1.0)
+  optimizer = optimizer_lib.make_optimizer(s, 10_000, GROUPS)
+
+  @jax.jit
+  def after(steps):
+    def body(_, carry):
+      return optimizer.update(GRADIENTS, carry[1], PARAMS)
+    return jax.lax.fori_loop(
+        0, steps, body, (GRADIENTS, optimizer.init(PARAMS))
+    )[1]
+
+  # Half of the second moment is the last gradient's.
+  louder = dict(GRADIENTS, norm=3 * GRADIENTS['norm'])
+  updates, _ = jax.jit(optimizer.update)(louder, after(50), PARAMS)
+  # 3 / sqrt(0.5 + 0.5 * 9), held to a root mean square of 1.
+  np.testing.assert_allclose(np.abs(updates['norm']), 0.3, rtol=1e-3)
+  quieter = dict(GRADIENTS, norm=0.5 * GRADIENTS['norm'])
+  updates, _ = jax.jit(optimizer.update)(quieter, after(50), PARAMS)
+  expected = 0.3 * 0.5 / np.sqrt(0.5 + 0.5 * 0.25)
+  np.testing.assert_allclose(np.abs(updates['norm']), expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize('state', STATES)
+def test_updates_are_the_same_on_a_mesh(state):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  draw = np.random.default_rng(0)
+  shapes = {'norm': (2, 128, 128), 'a/scale': (2, 128, 4), 'b/scale': (1,)}
+  params, gradients = (
+      {p: draw.standard_normal(s, np.float32) for p, s in shapes.items()}
+      for _ in range(2)
+  )
+  axes = {'norm': ('layers', 'mlp', 'embed'),
+          'a/scale': ('layers', 'mlp', 'embed'), 'b/scale': ('norm',)}
+  place = lambda tree: {
+      p: jax.device_put(x, sharding.named(mesh, axes[p]))
+      for p, x in tree.items()
+  }
+  optimizer = optimizer_lib.make_optimizer(
+      _settings(**STATES[state]), 100, GROUPS
+  )
+
+  @jax.jit
+  def third(gradients, params):
+    kept = optimizer.init(params)
+    for _ in range(3):
+      updates, kept = optimizer.update(gradients, kept, params)
+    return updates
+
+  expected = third(gradients, params)
+  for path, found in third(place(gradients), place(params)).items():
+    # The order of sums (Adafactor's) and of divisions may differ; random
+    # numbers must not, their steps are of 1e-2.
+    np.testing.assert_allclose(found, expected[path], rtol=1e-5)
