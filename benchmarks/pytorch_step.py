@@ -113,15 +113,16 @@ def text_config(config) -> dict:
       'num_key_value_heads': 'num_kv_heads', 'head_dim': 'head_dim',
       'sliding_window': 'sliding_window',
       'max_position_embeddings': 'context_length',
-      'query_pre_attn_scalar': 'query_scale_dim',
       'rms_norm_eps': 'norm_epsilon',
   }
   kinds = [
       'full_attention' if config.is_global(i) else 'sliding_attention'
       for i in range(config.num_layers)
   ]
+  # Whole numbers at every size, also where ours are floats.
   return {theirs: c[ours] for theirs, ours in names.items()} | {
-      'layer_types': kinds
+      'layer_types': kinds,
+      'query_pre_attn_scalar': int(config.query_scale_dim),
   }
 
 
