@@ -175,20 +175,20 @@ def test_masked_mean_counts_what_the_mask_lets_through():
 
 
 @pytest.mark.parametrize('train_head', [False, True])
-def test_compiled_memory_is_a_fraction_of_that_of_all_logits(train_head):
+def test_compiled_memory_is_bounded_whatever_the_logits_take(train_head):
   def temporary_bytes(f):
     total = lambda *args: jnp.sum(f(*args))
     gradient = jax.grad(total, argnums=(0, 2) if train_head else 0)
     shapes = [
         jax.ShapeDtypeStruct(s, jnp.float32)
-        for s in 2 * [(1024, 32)] + 2 * [(16_384, 32)]
+        for s in 2 * [(8192, 32)] + 2 * [(262_144, 32)]
     ]
     compiled = jax.jit(gradient).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  blocked = temporary_bytes(_blocked(1024, train_head=train_head))
-  # Two arrays of logits are 134 MB; two blocks of them 8.4 MB.
-  assert blocked < 0.1 * temporary_bytes(_plain)
+  # One array of logits is 8.6 GB; exponentials of 1,024 tokens are 2 GiB.
+  assert temporary_bytes(_blocked(1024, train_head=train_head)) < 2.5e9
+  assert temporary_bytes(_plain) > 8e9
 
 
 def _quantized_head(head):

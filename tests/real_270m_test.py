@@ -34,8 +34,8 @@ def test_two_steps_of_the_270m_reach_llama_cpp(text, tmp_path):
           '--config.data.heldout_fraction=0.3',
           f'--config.evaluation.text=files:{text}/test.txt',
           '--config.quant.start=reference',
-          '--config.train.steps=2', '--config.train.batch_size=2',
-          '--config.train.length=128', '--config.train.heldout_batches=1',
+          '--config.train.steps=2', '--config.train.batch_size=1',
+          '--config.train.length=64', '--config.train.heldout_batches=1',
           '--config.train.checkpoint_every=2',
           '--config.train.evaluate_every=2',
           '--config.optimizer.warmup_steps=1',
@@ -47,8 +47,8 @@ def test_two_steps_of_the_270m_reach_llama_cpp(text, tmp_path):
   export.save_float(detect.load('gemma3-270m'), files['base'], 'f16')
   export.export(detect.load(tmp_path), files['qat'])
   words = (text / 'test.txt').read_text(encoding='utf-8')
-  _, by_llama = evaluate.evaluate(files, words, 256, 3, 'base')
-  _, by_jax = evaluate.evaluate(files, words, 256, 3, 'base', engine='jax')
+  _, by_llama = evaluate.evaluate(files, words, 256, 2, 'base')
+  _, by_jax = evaluate.evaluate(files, words, 256, 2, 'base', engine='jax')
   # The dequantized checkpoint: no rounding of the format between the two.
   assert by_llama['base'].ppl == pytest.approx(by_jax['base'].ppl, rel=0.005)
   assert by_llama['qat'].ppl == pytest.approx(by_jax['qat'].ppl, rel=0.01)

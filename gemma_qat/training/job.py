@@ -140,7 +140,8 @@ def prepare(
                        s.compute)
   return Job(
       state=program.init(trained),
-      frozen=frozen,
+      # Of several processes the first saves what none has to itself.
+      frozen={path: np.asarray(x) for path, x in frozen.items()},
       settled=_place(mesh, config, for_products(config, settled, s.compute)),
       teacher=student_lib.join({}, _place(mesh, config, teacher)),
       program=program,

@@ -135,16 +135,6 @@ def test_a_chat_template_makes_a_model_that_ends_its_turns(trained, tmp_path):
   assert tokenizer.eos_id in ends['eos_token_id']
 
 
-def test_a_finished_run_goes_to_every_layout(finished, tmp_path, capsys):
-  workdir, _, _ = finished
-  for layout in ('gguf', 'huggingface', 'mlx', 'orbax', 'gemma_cpp'):
-    _convert(
-        workdir, tmp_path / layout, f'--layout={layout}', command='export'
-    )
-  assert capsys.readouterr().out.count('read back and equal') == 5
-  _same_text(workdir, tmp_path / 'gguf')
-
-
 @pytest.mark.parametrize(('flags', 'words'), [
     (['--layout=onnx'], ['onnx', 'gguf']),
     (['--layout=mlx', '--format=bf16'], ['bf16', 'q4_0']),

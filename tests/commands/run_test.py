@@ -12,6 +12,7 @@ from gemma_qat.commands import evaluate
 from gemma_qat.commands import run
 from gemma_qat.commands import sample
 from gemma_qat.training import metrics
+from tests.commands import conftest
 
 
 def test_the_workdir_holds_what_was_promised(finished):
@@ -165,3 +166,31 @@ def test_inspect_shows_formats_and_metadata(finished, capsys):
   said = capsys.readouterr().out
   assert 'Q4_0' in said and 'bits per weight' in said
   assert 'num_layers = 8' in said
+
+
+def test_a_workdir_of_another_config_is_refused(finished, texts, capsys):
+  workdir, _, _ = finished
+  assert cli.main([
+      'run', f'--config={conftest.CONFIG}:tiny', f'--workdir={workdir}',
+      *texts, '--config.optimizer.learning_rate=1.0',
+  ]) == 2
+  said = capsys.readouterr().err
+  assert 'optimizer.learning_rate' in said and 'another config' in said
+
+
+def test_a_finished_run_goes_to_every_layout(finished, tmp_path, capsys):
+  workdir, _, _ = finished
+  for layout in ('gguf', 'huggingface', 'mlx', 'orbax', 'gemma_cpp'):
+    assert cli.main([
+        'export', f'--from={workdir}', f'--to={tmp_path / layout}',
+        f'--layout={layout}',
+    ]) == 0
+  assert capsys.readouterr().out.count('read back and equal') == 5
+  left, right = detect.load(workdir), detect.load(tmp_path / 'gguf')
+  assert left.config == right.config
+  for name, weight in left.weights.items():
+    if not name.endswith('norm'):
+      np.testing.assert_array_equal(
+          checkpoints.to_float32(weight),
+          checkpoints.to_float32(right.weights[name]), err_msg=name,
+      )

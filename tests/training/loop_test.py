@@ -1,8 +1,6 @@
 """A run ends where its config says, however often it was stopped."""
 
-import dataclasses
 import os
-import random
 import shutil
 import signal
 import threading
@@ -20,39 +18,11 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
-from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.quant import formats
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 from gemma_qat.training import speed
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  """Folder of small documents, some to train on, some to evaluate with."""
-  folder = tmp_path_factory.mktemp('text')
-  rng = random.Random(0)
-  word = lambda: ''.join(rng.choices('etaoinshr', k=rng.randint(2, 7)))
-  words = [word() for _ in range(300)]
-  for i in range(50):
-    kind = 'train' if i < 40 else 'held'
-    document = ' '.join(rng.choices(words, k=200))
-    (folder / f'{kind}{i}.txt').write_text(document, encoding='utf-8')
-  return folder
-
-
-@pytest.fixture(scope='module')
-def one_layer(tmp_path_factory):
-  """A checkpoint of tiny's first layer: seconds of compilation less."""
-  tiny = detect.load('random:tiny')
-  config = dataclasses.replace(tiny.config, variant='custom', num_layers=1)
-  names = [n for n in tiny.weights if '/' not in n or n.startswith('layer_0/')]
-  folder = tmp_path_factory.mktemp('checkpoint') / 'one_layer'
-  weights = checkpoints.from_arrays({n: tiny.weights[n] for n in names})
-  one = dataclasses.replace(tiny, config=config, weights=weights)
-  huggingface_out.save(folder, one, 'float32')
-  return folder
 
 
 @pytest.fixture(scope='module')
