@@ -3,76 +3,56 @@
 Attention in blocks against that of the whole sequence under a mask (JAX's own
 'xla' implementation), forward and backward, timed in turns. One line of JSON:
 
-  python benchmarks/attention.py --length=2048 --window=512
+  python -m benchmarks.attention --length=2048 --window=512
 
 The defaults are the local layers of the 270M model. On a GPU at full size:
 
-  python benchmarks/attention.py --length=32768 --window=1024 --heads=16 \\
+  python -m benchmarks.attention --length=32768 --window=1024 --heads=16 \
       --kv_heads=8 --dtype=bfloat16 --implementation=cudnn
 
 --window=0 compares global layers.
 """
 
-import argparse
-import json
-import os
-import statistics
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import measure
 from gemma_qat.model import attention
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--batch', type=int, default=1)
-  parser.add_argument('--length', type=int, default=1024)
-  parser.add_argument('--window', type=int, default=512)
-  parser.add_argument('--heads', type=int, default=4)
-  parser.add_argument('--kv_heads', type=int, default=1)
-  parser.add_argument('--head_dim', type=int, default=256)
-  parser.add_argument('--dtype', default='float32')
-  parser.add_argument(
-      '--implementation', choices=attention.IMPLEMENTATIONS,
-      default='mapped' if jax.default_backend() == 'cpu' else 'blockwise',
-  )
-  parser.add_argument('--against', choices=attention.IMPLEMENTATIONS,
-                      default='xla')
-  parser.add_argument('--repeats', type=int, default=7)
-  a = parser.parse_args()
+def main(argv=None):
+  parser = measure.make_parser(__doc__, repeats=7)
+  add = parser.add_argument
+  add('--batch', type=int, default=1)
+  add('--length', type=int, default=1024)
+  add('--window', type=int, default=512)
+  add('--heads', type=int, default=4)
+  add('--kv_heads', type=int, default=1)
+  add('--head_dim', type=int, default=256)
+  add('--dtype', default='float32')
+  add('--implementation', choices=attention.IMPLEMENTATIONS,
+      default='mapped' if jax.default_backend() == 'cpu' else 'blockwise')
+  add('--against', choices=attention.IMPLEMENTATIONS, default='xla')
+  a = parser.parse_args(argv)
   inputs = make_inputs(a)
-  steps = [
+  ours, other = (
       compiled(name, a.window or None, a.dtype, inputs)
       for name in (a.implementation, a.against)
-  ]
-  check_equal(*(step(*inputs) for step in steps), a.dtype)
-  ours, other = interleaved_seconds(steps, inputs, a.repeats)
-  ours_bytes, other_bytes = (
-      step.memory_analysis().temp_size_in_bytes for step in steps
   )
+  check_equal(ours(*inputs), other(*inputs), a.dtype)
   layer = f'window of {a.window}' if a.window else 'global layer'
-  print(json.dumps({
-      'what': f'attention, {layer}, forward and backward: '
-              f'{a.implementation} against {a.against}',
-      'shapes': {
-          'B': a.batch, 'L': a.length, 'N': a.heads, 'K': a.kv_heads,
-          'H': a.head_dim, 'dtype': a.dtype,
-      },
-      'device': device(),
-      'ours': round(statistics.median(ours), 4),
-      'other': round(statistics.median(other), 4),
-      'unit': f'seconds, median of {a.repeats}',
-      'ratio': round(statistics.median(other) / statistics.median(ours), 2),
-      'ratio_least_and_most': [
-          round(pick(o / u for o, u in zip(other, ours)), 2)
-          for pick in (min, max)
-      ],
-      'ours_temporary_mb': round(ours_bytes / 1e6, 1),
-      'other_temporary_mb': round(other_bytes / 1e6, 1),
-  }))
+  measure.emit(
+      f'attention, {layer}, forward and backward: {a.implementation} against '
+      f'{a.against}',
+      f'{a.batch} x {a.length:,} tokens, N {a.heads}, K {a.kv_heads}, '
+      f'H {a.head_dim}, {a.dtype}',
+      measure.interleave(
+          lambda: ours(*inputs), lambda: other(*inputs), a.repeats
+      ),
+      ours_temporary_gb=measure.temporary_gb(ours),
+      other_temporary_gb=measure.temporary_gb(other),
+  )
 
 
 def make_inputs(a):
@@ -102,22 +82,6 @@ def check_equal(ours, other, dtype):
     size = float(jnp.sqrt(jnp.mean(jnp.square(y))))
     if not error <= tolerance * size:
       raise AssertionError(f'Results differ: {error} of {size}.')
-
-
-def interleaved_seconds(steps, inputs, repeats):
-  """Times each in turn, so that what else the machine does hits all alike."""
-  seconds = [[] for _ in steps]
-  for _ in range(repeats):
-    for step, taken in zip(steps, seconds):
-      start = time.perf_counter()
-      jax.block_until_ready(step(*inputs))
-      taken.append(time.perf_counter() - start)
-  return seconds
-
-
-def device() -> str:
-  kind = jax.devices()[0].device_kind
-  return f'{os.cpu_count()}-core CPU' if kind == 'cpu' else kind
 
 
 if __name__ == '__main__':

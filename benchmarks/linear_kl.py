@@ -3,8 +3,8 @@
 Ours is `losses.linear_kl`, value and gradient. Other is, --against=
 
   products: its matrix products alone, block by block as it makes them, without
-    softmax: two of logits, two that multiply as many numbers with the rows of
-    the head; with --train_head three more for the head's gradient.
+    softmax: two of logits, one that multiplies as many numbers with the rows
+    of the head; with --train_head three more for the head's gradient.
   logits: `losses.kl_from_logits` of logits that exist all at once.
 
   python -m benchmarks.linear_kl --against=logits
@@ -88,10 +88,9 @@ def make_products(block, dtype, train_head):
   def products(student, teacher, head, teacher_head):
     student, teacher = student.astype(dtype), teacher.astype(dtype)
 
-    def body(sums, heads):
+    def body(total, heads):
       s, t = _dot(student, heads[0], 1, 1), _dot(teacher, heads[1], 1, 1)
-      more = [_dot(x.astype(dtype), heads[0], 1, 0) for x in (s, t)]
-      return [a + b for a, b in zip(sums, more)], None
+      return total + _dot((s - t).astype(dtype), heads[0], 1, 0), None
 
     def head_body(carry, heads):
       s, t = _dot(student, heads[0], 1, 1), _dot(teacher, heads[1], 1, 1)
@@ -101,10 +100,10 @@ def make_products(block, dtype, train_head):
     heads = jax.tree.map(
         lambda x: x.reshape(-1, block, x.shape[1]), (head, teacher_head)
     )
-    sums = lax.scan(body, [jnp.zeros(student.shape)] * 2, heads)[0]
+    total = lax.scan(body, jnp.zeros(student.shape), heads)[0]
     if train_head:
-      return sums, lax.scan(head_body, (), heads)[1]
-    return sums
+      return total, lax.scan(head_body, (), heads)[1]
+    return total
 
   return products
 

@@ -83,6 +83,18 @@ BENCHMARKS = (
         f'--against=logits --train_head {_HEAD} --tokens=4096',
     ),
     Benchmark(
+        'a local layer costs its window', 'attention', '--length=2048',
+        '--length=32768 --window=1024 --heads=16 --kv_heads=8 '
+        '--dtype=bfloat16 --implementation=cudnn --against=blockwise',
+    ),
+    Benchmark(
+        'a global layer costs half the square', 'attention',
+        '--length=2048 --window=0', None,
+    ),
+    Benchmark(
+        'fsdp sends codes, not weights', 'fsdp_gather', '', None,
+    ),
+    Benchmark(
         'a step against plain JAX', 'plain_step',
         '', f'{_WHOLE} --tokens=4096',
     ),
