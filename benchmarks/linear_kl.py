@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from benchmarks import measure
+from gemma_qat import compiled
 from gemma_qat import losses
 from gemma_qat.training import settings
 
@@ -43,7 +44,9 @@ def main(argv=None):
     parser.error(f'--vocabulary={a.vocabulary} must be a multiple of {block}.')
   arrays = _draw(a.tokens, a.width, a.vocabulary, dtype)
   ours, other = (
-      jax.jit(f(block, dtype, a.train_head)).lower(*arrays).compile()
+      compiled.compile_afresh(
+          jax.jit(f(block, dtype, a.train_head)).lower(*arrays)
+      )
       for f in (make_ours, other)
   )
   head = ', trained head' if a.train_head else ''

@@ -83,9 +83,12 @@ def as_rates(timed: Mapping[str, Any], count: int, unit: str):
   }
 
 
-def temporary_gb(compiled) -> float:
-  """What a compiled program allocates beside its arguments and results."""
-  return compiled.memory_analysis().temp_size_in_bytes / 1e9
+def temporary_gb(program) -> float:
+  """What a program allocates beside its arguments and results.
+
+  It must have come from `compiled.compile_afresh`.
+  """
+  return program.memory_analysis().temp_size_in_bytes / 1e9
 
 
 def emit(what: str, shapes: str, timed: Mapping[str, Any], **more) -> None:

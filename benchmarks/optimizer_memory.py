@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.configs import base
+from gemma_qat import compiled
 from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
@@ -98,9 +99,10 @@ def analyse(sizes: model_config.ModelConfig, s: settings.Settings):
       'tokens': jax.ShapeDtypeStruct(shape, jnp.int32),
       'mask': jax.ShapeDtypeStruct(shape, jnp.bool_),
   }
-  found = jax.jit(step, donate_argnums=0).lower(
+  lowered = jax.jit(step, donate_argnums=0).lower(
       state, frozen, teacher, batch
-  ).compile(compiler_options=_OPTIONS).memory_analysis()
+  )
+  found = compiled.compile_afresh(lowered, _OPTIONS).memory_analysis()
   count = sum(x.size for x in jax.tree.leaves(teacher))
   return {
       'weights': count,

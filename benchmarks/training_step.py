@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from experiments.configs import base as base_config
+from gemma_qat import compiled
 from gemma_qat import sharding
 from gemma_qat.checkpoints import random_weights
 from gemma_qat.model import config as model_config
@@ -49,7 +50,9 @@ class Stepper:
 
   def __init__(self, step, case: Case):
     self._state, self._case = case.job.state, case
-    self.compiled = step.lower(self._state, *self._rest).compile()
+    self.compiled = compiled.compile_afresh(
+        step.lower(self._state, *self._rest)
+    )
 
   def __call__(self):
     self._state, metrics = self.compiled(self._state, *self._rest)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import dataclasses
 import math
 import re
+from typing import Any, Mapping
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from gemma_qat import hlo
 from gemma_qat import hlo_loops
@@ -110,8 +112,35 @@ class Memory:
     )
 
 
+def compile_afresh(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
+  """Compiles without JAX's persistent cache.
+
+  A program loaded from there says that it needs no memory for temporaries, and
+  compiling it writes no dumps.
+
+  Args:
+    lowered: what `jit(f).lower(...)` returns.
+    options: of the compiler.
+  """
+  name = 'jax_enable_compilation_cache'
+  before = getattr(jax.config, name)
+
+  def switch(to):
+    jax.config.update(name, to)
+    # JAX looks at the switch once, before the first compilation.
+    compilation_cache.reset_cache()
+
+  switch(False)
+  try:
+    return lowered.compile(options and dict(options))
+  finally:
+    switch(before)
+
+
 def memory(compiled: jax.stages.Compiled) -> Memory:
-  """Asks a compiled program what it needs of every device."""
+  """Asks a program of `compile_afresh` what it needs of every device."""
   found = compiled.memory_analysis()
   return Memory(
       arguments=found.argument_size_in_bytes,

@@ -27,7 +27,8 @@ def _placed(mesh, shape, spec, dtype=jnp.float32):
 
 
 def _compile(f, *arguments, **options):
-  return jax.jit(f, **options).lower(*arguments).compile()
+  lowered = jax.jit(f, **options).lower(*arguments)
+  return compiled.compile_afresh(lowered)
 
 
 def _mapped(f):
@@ -241,3 +242,17 @@ def test_a_program_on_one_device_moves_nothing():
       _compile(jnp.sin, np.zeros((4, 4), np.float32)).as_text()
   )
   assert found.collectives == () and found.sent_bytes == 0
+
+
+def test_memory_is_told_of_what_the_persistent_cache_holds_too():
+  name = 'jax_persistent_cache_min_compile_time_secs'
+  before = getattr(jax.config, name)
+  shape = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+  lower = lambda: jax.jit(lambda x: jnp.tanh(x @ x) @ x).lower(shape)
+  jax.config.update(name, 0)
+  try:
+    lower().compile()
+    found = compiled.memory(compiled.compile_afresh(lower()))
+  finally:
+    jax.config.update(name, before)
+  assert found.temporaries >= 256 * 256 * 4

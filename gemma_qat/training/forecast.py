@@ -227,7 +227,7 @@ def _compile(step, arguments, topology):
   if not topology.is_tpu:
     return *_partitioned(lowered), ''
   try:
-    program = lowered.compile()
+    program = compiled.compile_afresh(lowered)
   except jax.errors.JaxRuntimeError as error:
     text = ' '.join(str(error).split())
     if 'RESOURCE_EXHAUSTED' not in text:
@@ -243,7 +243,7 @@ def _partitioned(lowered):
   move would be twice as much.
   """
   with tempfile.TemporaryDirectory() as folder:
-    program = lowered.compile(compiler_options={
+    program = compiled.compile_afresh(lowered, {
         'xla_dump_to': folder,
         'xla_dump_hlo_pass_re': 'spmd-partitioning',
         'xla_dump_hlo_as_text': True,

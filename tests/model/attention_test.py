@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat import compiled
 from gemma_qat import sharding
 from gemma_qat.model import attention
 
@@ -179,8 +180,8 @@ def _abstract(length, n=4, k=1, h=16):
 def _temporary_bytes(f, length):
   total = lambda q, k, v: jnp.sum(jnp.square(f(q, k, v)))
   step = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
-  compiled = step.lower(*_abstract(length)).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
+  program = compiled.compile_afresh(step.lower(*_abstract(length)))
+  return compiled.memory(program).temporaries
 
 
 def _product_flops(jaxpr):
