@@ -13,6 +13,7 @@ from typing import Any, Callable, Mapping
 
 import jax
 
+from gemma_qat import compiled
 from gemma_qat.training import workdir
 
 KEYS = ('what', 'shapes', 'device', 'ours', 'other', 'ratio', 'unit')
@@ -83,12 +84,14 @@ def as_rates(timed: Mapping[str, Any], count: int, unit: str):
   }
 
 
-def temporary_gb(program) -> float:
+def temporary_gb(lowered) -> float:
   """What a program allocates beside its arguments and results.
 
-  It must have come from `compiled.compile_afresh`.
+  On a CPU without the fusions of libraries, which do not tell.
   """
-  return program.memory_analysis().temp_size_in_bytes / 1e9
+  options = compiled.NO_LIBRARIES if jax.default_backend() == 'cpu' else {}
+  program = compiled.compile_to_ask(lowered, options)
+  return compiled.memory(program).temporaries / 1e9
 
 
 def emit(what: str, shapes: str, timed: Mapping[str, Any], **more) -> None:

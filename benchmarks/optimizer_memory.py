@@ -32,7 +32,10 @@ from gemma_qat.training import student as student_lib
 
 # By default a CPU runs side by side what it can, whatever memory that takes;
 # GPUs do one thing after the other.
-_OPTIONS = {'xla_cpu_enable_concurrency_optimized_scheduler': False}
+_OPTIONS = {
+    **compiled.NO_LIBRARIES,
+    'xla_cpu_enable_concurrency_optimized_scheduler': False,
+}
 
 STATES = {
     'float32': ('adam', 'float32'),
@@ -102,7 +105,7 @@ def analyse(sizes: model_config.ModelConfig, s: settings.Settings):
   lowered = jax.jit(step, donate_argnums=0).lower(
       state, frozen, teacher, batch
   )
-  found = compiled.compile_afresh(lowered, _OPTIONS).memory_analysis()
+  found = compiled.compile_to_ask(lowered, _OPTIONS).memory_analysis()
   count = sum(x.size for x in jax.tree.leaves(teacher))
   return {
       'weights': count,

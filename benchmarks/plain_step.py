@@ -41,8 +41,8 @@ def main(argv=None):
       f'training step, {a.mode}, against plain JAX',
       training_step.describe(a),
       measure.interleave(ours, other, a.repeats),
-      ours_temporary_gb=measure.temporary_gb(ours.compiled),
-      other_temporary_gb=measure.temporary_gb(other.compiled),
+      ours_temporary_gb=measure.temporary_gb(ours.lowered),
+      other_temporary_gb=measure.temporary_gb(other.lowered),
   )
 
 

@@ -52,7 +52,7 @@ def main(argv=None):
         f'{f", logits of {a.chunk} tokens" if a.chunk else ""}',
         training_step.describe(a),
         measure.as_rates(timed, a.tokens, 'tokens/s'),
-        ours_temporary_gb=measure.temporary_gb(ours.compiled),
+        ours_temporary_gb=measure.temporary_gb(ours.lowered),
         other_built=other.built,
         other_peak_gb=other.last['peak_gb'],
     )

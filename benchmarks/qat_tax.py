@@ -33,8 +33,8 @@ def main(argv=None):
       f'training step, {a.mode} against no quantization',
       training_step.describe(a),
       measure.interleave(ours, other, a.repeats),
-      ours_temporary_gb=measure.temporary_gb(ours.compiled),
-      other_temporary_gb=measure.temporary_gb(other.compiled),
+      ours_temporary_gb=measure.temporary_gb(ours.lowered),
+      other_temporary_gb=measure.temporary_gb(other.lowered),
   )
 
 

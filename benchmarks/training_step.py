@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from experiments.configs import base as base_config
-from gemma_qat import compiled
 from gemma_qat import sharding
 from gemma_qat.checkpoints import random_weights
 from gemma_qat.model import config as model_config
@@ -46,16 +45,15 @@ class Case(NamedTuple):
 
 
 class Stepper:
-  """Takes one step a call; `compiled` is the program."""
+  """Takes one step a call; `lowered` is the program."""
 
   def __init__(self, step, case: Case):
     self._state, self._case = case.job.state, case
-    self.compiled = compiled.compile_afresh(
-        step.lower(self._state, *self._rest)
-    )
+    self.lowered = step.lower(self._state, *self._rest)
+    self._compiled = self.lowered.compile()
 
   def __call__(self):
-    self._state, metrics = self.compiled(self._state, *self._rest)
+    self._state, metrics = self._compiled(self._state, *self._rest)
     return metrics
 
   @property

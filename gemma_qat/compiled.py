@@ -112,17 +112,22 @@ class Memory:
     )
 
 
-def compile_afresh(
-    lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
-) -> jax.stages.Compiled:
-  """Compiles without JAX's persistent cache.
+# Products fused for YNNPACK allocate inside of it: a program of one such fusion
+# says that it needs no temporaries, and has no products to count either.
+NO_LIBRARIES = {'xla_cpu_experimental_ynn_fusion_type': ''}
 
-  A program loaded from there says that it needs no memory for temporaries, and
-  compiling it writes no dumps.
+
+def compile_to_ask(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any] = NO_LIBRARIES
+) -> jax.stages.Compiled:
+  """Compiles a program that is asked what it holds and does, not run.
+
+  Without JAX's persistent cache: a program loaded from there says that it needs
+  no memory for temporaries, and compiling it writes no dumps.
 
   Args:
     lowered: what `jit(f).lower(...)` returns.
-    options: of the compiler.
+    options: of the compiler; those of a CPU's by default.
   """
   name = 'jax_enable_compilation_cache'
   before = getattr(jax.config, name)
@@ -134,13 +139,13 @@ def compile_afresh(
 
   switch(False)
   try:
-    return lowered.compile(options and dict(options))
+    return lowered.compile(dict(options))
   finally:
     switch(before)
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-  """Asks a program of `compile_afresh` what it needs of every device."""
+  """Asks a program of `compile_to_ask` what it needs of every device."""
   found = compiled.memory_analysis()
   return Memory(
       arguments=found.argument_size_in_bytes,

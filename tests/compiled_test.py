@@ -28,7 +28,7 @@ def _placed(mesh, shape, spec, dtype=jnp.float32):
 
 def _compile(f, *arguments, **options):
   lowered = jax.jit(f, **options).lower(*arguments)
-  return compiled.compile_afresh(lowered)
+  return compiled.compile_to_ask(lowered)
 
 
 def _mapped(f):
@@ -252,7 +252,7 @@ def test_memory_is_told_of_what_the_persistent_cache_holds_too():
   jax.config.update(name, 0)
   try:
     lower().compile()
-    found = compiled.memory(compiled.compile_afresh(lower()))
+    found = compiled.memory(compiled.compile_to_ask(lower()))
   finally:
     jax.config.update(name, before)
   assert found.temporaries >= 256 * 256 * 4

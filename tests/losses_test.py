@@ -183,7 +183,7 @@ def test_compiled_memory_is_bounded_whatever_the_logits_take(train_head):
         jax.ShapeDtypeStruct(s, jnp.float32)
         for s in 2 * [(8192, 32)] + 2 * [(262_144, 32)]
     ]
-    program = compiled.compile_afresh(jax.jit(gradient).lower(*shapes))
+    program = compiled.compile_to_ask(jax.jit(gradient).lower(*shapes))
     return compiled.memory(program).temporaries
 
   # One array of logits is 8.6 GB; exponentials of 1,024 tokens are 2 GiB.

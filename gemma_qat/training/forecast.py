@@ -227,7 +227,7 @@ def _compile(step, arguments, topology):
   if not topology.is_tpu:
     return *_partitioned(lowered), ''
   try:
-    program = compiled.compile_afresh(lowered)
+    program = compiled.compile_to_ask(lowered, {})
   except jax.errors.JaxRuntimeError as error:
     text = ' '.join(str(error).split())
     if 'RESOURCE_EXHAUSTED' not in text:
@@ -243,7 +243,8 @@ def _partitioned(lowered):
   move would be twice as much.
   """
   with tempfile.TemporaryDirectory() as folder:
-    program = compiled.compile_afresh(lowered, {
+    program = compiled.compile_to_ask(lowered, {
+        **compiled.NO_LIBRARIES,
         'xla_dump_to': folder,
         'xla_dump_hlo_pass_re': 'spmd-partitioning',
         'xla_dump_hlo_as_text': True,

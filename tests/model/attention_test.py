@@ -180,7 +180,7 @@ def _abstract(length, n=4, k=1, h=16):
 def _temporary_bytes(f, length):
   total = lambda q, k, v: jnp.sum(jnp.square(f(q, k, v)))
   step = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
-  program = compiled.compile_afresh(step.lower(*_abstract(length)))
+  program = compiled.compile_to_ask(step.lower(*_abstract(length)))
   return compiled.memory(program).temporaries
 
 
