@@ -20,7 +20,7 @@ qat: $(VENV)/.installed
 	$(VENV)/bin/gemma-qat run --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-test lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/lint-imports

@@ -27,9 +27,11 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
-def finished(tmp_path_factory, texts):
-  """(workdir, report, config) of the main job on `tiny`."""
+def finished(tmp_path_factory, texts, one_layer):
+  """(workdir, report, config) of the main job on tiny's first layer."""
   workdir = tmp_path_factory.mktemp('run')
-  config = config_flags.load(f'{CONFIG}:tiny', texts)
+  config = config_flags.load(
+      f'{CONFIG}:tiny', [*texts, f'--config.model.checkpoint={one_layer}']
+  )
   report, _ = run.run(config, workdir)
   return workdir, report, config

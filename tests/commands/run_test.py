@@ -1,4 +1,4 @@
-"""The main job on `tiny`: what it leaves, and that the files agree."""
+"""The main job, small: what it leaves, and that the files agree."""
 
 import json
 
@@ -165,14 +165,15 @@ def test_inspect_shows_formats_and_metadata(finished, capsys):
   assert cli.main(['inspect', str(workdir / run.QAT)]) == 0
   said = capsys.readouterr().out
   assert 'Q4_0' in said and 'bits per weight' in said
-  assert 'num_layers = 8' in said
+  assert 'num_layers = 1' in said
 
 
 def test_a_workdir_of_another_config_is_refused(finished, texts, capsys):
-  workdir, _, _ = finished
+  workdir, _, config = finished
   assert cli.main([
       'run', f'--config={conftest.CONFIG}:tiny', f'--workdir={workdir}',
-      *texts, '--config.optimizer.learning_rate=1.0',
+      *texts, f'--config.model.checkpoint={config.model.checkpoint}',
+      '--config.optimizer.learning_rate=1.0',
   ]) == 2
   said = capsys.readouterr().err
   assert 'optimizer.learning_rate' in said and 'another config' in said

@@ -1,14 +1,10 @@
 """What the tests of this room share: one teacher, read once."""
 
-import dataclasses
 import random
 
 import pytest
 import small_model
 
-from gemma_qat.checkpoints import checkpoint as checkpoints
-from gemma_qat.checkpoints import detect
-from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.training import calibration
 
 
@@ -41,17 +37,4 @@ def text(tmp_path_factory):
     kind = 'train' if i < 40 else 'held'
     document = ' '.join(rng.choices(words, k=200))
     (folder / f'{kind}{i}.txt').write_text(document, encoding='utf-8')
-  return folder
-
-
-@pytest.fixture(scope='session')
-def one_layer(tmp_path_factory):
-  """A checkpoint of tiny's first layer: seconds of compilation less."""
-  tiny = detect.load('random:tiny')
-  config = dataclasses.replace(tiny.config, variant='custom', num_layers=1)
-  names = [n for n in tiny.weights if '/' not in n or n.startswith('layer_0/')]
-  folder = tmp_path_factory.mktemp('checkpoint') / 'one_layer'
-  weights = checkpoints.from_arrays({n: tiny.weights[n] for n in names})
-  one = dataclasses.replace(tiny, config=config, weights=weights)
-  huggingface_out.save(folder, one, 'float32')
   return folder
