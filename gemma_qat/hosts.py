@@ -92,6 +92,13 @@ def put(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(place, tree, shardings)
 
 
+def fetch(tree: Any) -> Any:
+  """Brings a tree of arrays to every process, whole."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def put_share(batch: Any, where: jax.sharding.Sharding) -> Any:
   """Lays out a batch of which every process holds its share of the rows."""
   if jax.process_count() == 1:

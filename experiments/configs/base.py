@@ -36,6 +36,19 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   # Q4_0 scales that bfloat16 holds too: exact in every runtime's file.
   c.quant.bf16_safe_scales = False
 
+  # Scale channels by their activations first (as AWQ), where it folds away.
+  c.quant.fold = False
+  # 'plain', 'clipped' or 'auto': what masters beyond the last code receive.
+  c.quant.straight_through = 'auto'
+
+  c.loss = ml_collections.ConfigDict()
+  # (distance, weight): see gemma_qat/distances.py. Anything but the forward KL
+  # alone, at temperature 1, takes more time and memory.
+  c.loss.terms = (('forward_kl', 1.0),)
+  c.loss.temperature = 1.0
+  # Of the teacher's likeliest entries, the term 'top_k' sees so many.
+  c.loss.top_k = 64
+
   c.train = ml_collections.ConfigDict()
   c.train.steps = 5_000
   c.train.batch_size = 16
@@ -50,6 +63,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       (r'norm$', 'norms'),
       (r'/master$', 'weights'),
   )
+  # Share of the last steps in which no code changes any more.
+  c.train.freeze_codes = 0.0
   c.train.checkpoint_every = 500
   c.train.evaluate_every = 100
   c.train.log_every = 10
@@ -72,6 +87,11 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.95
   c.optimizer.epsilon = 1e-8
+  # Decay of a running mean of what is trained, which the last step takes; 0 for
+  # none.
+  c.optimizer.average = 0.0
+  # Draws masters to what they round to; 0 not at all.
+  c.optimizer.dampening = 0.0
 
   c.compute = ml_collections.ConfigDict()
   c.compute.dtype = 'auto'

@@ -109,17 +109,28 @@ class Format:
     levels = self._levels(self.blocks(quantized.codes))
     return (scale[..., None] * levels).reshape(quantized.codes.shape)
 
-  def fake_quantize(self, weight: jax.Array, contraction: int = 1) -> jax.Array:
-    """Returns dequantize(quantize(weight)); the gradient passes straight."""
-    return straight_through.fake_quantize(self, contraction, weight)
+  def fake_quantize(
+      self, weight: jax.Array, contraction: int = 1, is_clipped: bool = False
+  ) -> jax.Array:
+    """Returns dequantize(quantize(weight)); the gradient passes straight.
+
+    Clipped: it is 0 where the weight lies more than half a step beyond the
+    outermost code.
+    """
+    if is_clipped:
+      self._check_uniform()
+    return straight_through.fake_quantize(
+        self, contraction, is_clipped, weight
+    )
 
   def fake_quantize_learned(
-      self, master: jax.Array, scale: jax.Array
+      self, master: jax.Array, scale: jax.Array, is_clipped: bool = True
   ) -> jax.Array:
     """Rounds to a lattice whose scale is learned too (LSQ).
 
     Forward: `dequantize` of `codes_for(master, scale)`. Backward, per weight:
-    to the master 1, or 0 where its code was clipped; to the scale level -
+    to the master 1, or 0 where its code was clipped (1 there too unless
+    `is_clipped`); to the scale level -
     master / scale, or the level alone where clipped, summed over those that
     share the scale. Source: Esser et al., Learned Step Size Quantization.
 
@@ -134,7 +145,9 @@ class Format:
       UserError: the format is not uniform.
     """
     self._check_uniform()
-    return straight_through.fake_quantize_learned(self, master, scale)
+    return straight_through.fake_quantize_learned(
+        self, is_clipped, master, scale
+    )
 
   def codes_for(self, master: jax.Array, scale: jax.Array) -> jax.Array:
     """Rounds a master to the nearest int8 codes of a given scale.

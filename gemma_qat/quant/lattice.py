@@ -19,6 +19,7 @@ from gemma_qat import errors
 from gemma_qat.quant import formats
 
 MODES = ('derived', 'learned', 'codes', 'fixed')
+STRAIGHT_THROUGH = ('plain', 'clipped')
 
 
 class Entry(NamedTuple):
@@ -111,11 +112,15 @@ def quantized(
 
 def make_intercept(
     plan: Mapping[str, tuple[formats.Format, str, int]],
+    straight_through: str = 'auto',
 ) -> Callable[[str, Any], Any]:
   """Returns intercept(path, node) -> the float32 weight the model uses.
 
   Args:
     plan: path -> `Entry`, or a plain tuple of the same.
+    straight_through: one of `STRAIGHT_THROUGH`: whether masters beyond the
+      outermost code get gradients; 'auto' is plain in the mode derived, clipped
+      in learned.
 
   Returns:
     A function with no state; paths outside the plan pass through unchanged.
@@ -129,9 +134,13 @@ def make_intercept(
       return node
     format, mode, contraction = plan[path]
     if mode == 'derived':
-      return format.fake_quantize(node, contraction)
+      return format.fake_quantize(
+          node, contraction, straight_through == 'clipped'
+      )
     if mode == 'learned':
-      return format.fake_quantize_learned(node['master'], node['scale'])
+      return format.fake_quantize_learned(
+          node['master'], node['scale'], straight_through != 'plain'
+      )
     return format.dequantize(formats.Quantized(node['codes'], node['scale']))
 
   return intercept

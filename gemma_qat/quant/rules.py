@@ -45,6 +45,17 @@ def resolve(
   return resolved
 
 
+def fitting(
+    rules: Sequence[tuple[str, T]], paths: Iterable[str]
+) -> tuple[tuple[str, T], ...]:
+  """Leaves out the rules whose regex is found in no path."""
+  paths = list(paths)
+  return tuple(
+      (regex, value) for regex, value in rules
+      if any(_compile(regex).search(path) for path in paths)
+  )
+
+
 def check_finite(name: str, array: jax.Array | np.ndarray) -> None:
   """Raises a UserError that names the tensor if it holds NaN or infinity."""
   count = int((~np.isfinite(np.asarray(array, np.float32))).sum())

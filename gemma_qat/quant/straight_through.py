@@ -11,46 +11,60 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def fake_quantize(format, contraction, weight):
-  """dequantize(quantize(weight)) with the identity as gradient."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def fake_quantize(format, contraction, is_clipped, weight):
+  """dequantize(quantize(weight)) with the identity as gradient.
+
+  Clipped: 0 where the weight lies outside of what codes can say.
+  """
+  del is_clipped
   return format.dequantize(format.quantize(weight, contraction))
 
 
-def _fake_quantize_forward(format, contraction, weight):
-  return fake_quantize(format, contraction, weight), None
+def _fake_quantize_forward(format, contraction, is_clipped, weight):
+  value = fake_quantize(format, contraction, is_clipped, weight)
+  return value, weight if is_clipped else None
 
 
-def _fake_quantize_backward(format, contraction, _, gradient):
-  del format, contraction
-  return (gradient,)
+def _fake_quantize_backward(format, contraction, is_clipped, weight, gradient):
+  if not is_clipped:
+    return (gradient,)
+  codes, scale = format.quantize(weight, contraction)
+  d = spread(format, format.stored_scale(scale), weight)
+  lost = jnp.abs(weight - d * (codes.astype(jnp.float32) - format.zero))
+  # A little more than half a step: the scale was rounded after the codes.
+  inside = (lost <= 0.501 * jnp.abs(d)) | (d == 0)
+  return (jnp.where(inside, gradient, 0.0),)
 
 
 fake_quantize.defvjp(_fake_quantize_forward, _fake_quantize_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fake_quantize_learned(format, master, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def fake_quantize_learned(format, is_clipped, master, scale):
   """The nearest point of a given scale's lattice; see `Format` for gradients.
   """
+  del is_clipped
   d = spread(format, format.stored_scale(scale), master)
   codes, _ = nearest(format, master, scale)
   return d * (codes.astype(jnp.float32) - format.zero)
 
 
-def _learned_forward(format, master, scale):
+def _learned_forward(format, is_clipped, master, scale):
   # Master and scale alone are kept: codes are cheaper to recompute than to
   # hold for every layer until the backward pass.
-  return fake_quantize_learned(format, master, scale), (master, scale)
+  value = fake_quantize_learned(format, is_clipped, master, scale)
+  return value, (master, scale)
 
 
-def _learned_backward(format, residuals, gradient):
+def _learned_backward(format, is_clipped, residuals, gradient):
   master, scale = residuals
   codes, ratio = nearest(format, master, scale)
   level = codes.astype(jnp.float32) - format.zero
   inside = level == jnp.round(ratio)
   to_scale = gradient * jnp.where(inside, level - ratio, level)
-  return jnp.where(inside, gradient, 0.0), _gather(format, to_scale, scale)
+  to_master = jnp.where(inside, gradient, 0.0) if is_clipped else gradient
+  return to_master, _gather(format, to_scale, scale)
 
 
 fake_quantize_learned.defvjp(_learned_forward, _learned_backward)

@@ -1,5 +1,6 @@
 """What stands ready when the loop begins?"""
 
+import dataclasses
 from typing import Any, Callable, Mapping, NamedTuple
 
 from flax import traverse_util
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_qat import distances
 from gemma_qat import hosts
 from gemma_qat import losses
 from gemma_qat import sharding
@@ -16,6 +18,7 @@ from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.quant import lattice
 from gemma_qat.training import calibration
+from gemma_qat.training import codes
 from gemma_qat.training import gathering
 from gemma_qat.training import metrics
 from gemma_qat.training import optimizer as optimizer_lib
@@ -28,14 +31,16 @@ from gemma_qat.training import student as student_lib
 class Program(NamedTuple):
   """The compiled functions of a run.
 
-  init(trained) -> state; step(state, settled, teacher, batch) -> (state, metrics), the state donated;
-  score(trained, settled, teacher, batch) -> mean KL in nats; schedule(step) ->
-  learning rate.
+  init(trained) -> state; step(state, settled, teacher, batch) -> (state,
+  metrics), the state donated; score(trained, settled, teacher, batch) -> mean
+  KL in nats; codes(trained, settled) -> {path: codes} of those that training
+  can change, None where it can change none; schedule(step) -> learning rate.
   """
 
   init: Callable[..., step_lib.State]
   step: Callable[..., Any]
   score: Callable[..., jax.Array]
+  codes: Callable[..., dict[str, jax.Array]] | None
   schedule: Callable[[int], Any]
 
 
@@ -72,8 +77,11 @@ def make_program(
     groups: from `student.groups`.
     trained: the trained leaves, arrays or descriptions, on the mesh.
   """
-  optimizer = optimizer_lib.make_optimizer(s.optimizer, s.train.steps, groups)
+  optimizer = optimizer_lib.make_optimizer(
+      s.optimizer, s.train.steps, groups, plan
+  )
   is_alone = mesh.size == 1
+  moving = codes.moving(plan, groups)
 
   def model(intercept, plan):
     if is_alone:
@@ -85,15 +93,17 @@ def make_program(
         config, s.compute, gather, constrain=sharding.make_constrain(mesh)
     )
 
-  loss = step_lib.make_loss(
-      model(lattice.make_intercept(plan), plan),
+  make_loss = lambda options: step_lib.make_loss(
+      model(lattice.make_intercept(plan, s.quant.straight_through), plan),
       model(transformer.identity, {}),
       s.compute.kl_block or None,
       train_head=_trains_head(groups),
       placement=None if is_alone else losses.Placement(
           mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
       ),
+      options=options,
   )
+  loss = make_loss(distances.Options(**dataclasses.asdict(s.loss)))
   init = lambda leaves: step_lib.init_state(leaves, optimizer)
   where = state_shardings(mesh, jax.eval_shape(init, trained), trained)
   everywhere = sharding.replicated(mesh)
@@ -105,9 +115,11 @@ def make_program(
           donate_argnums=0, out_shardings=(where, everywhere),
       ),
       score=jax.jit(
-          step_lib.make_score(loss, s.train.accumulate),
+          # Runs with other losses are compared by the KL as well.
+          step_lib.make_score(make_loss(None), s.train.accumulate),
           out_shardings=everywhere,
       ),
+      codes=jax.jit(codes.make_read(plan, moving)) if moving else None,
       schedule=optimizer_lib.make_schedule(s.optimizer, s.train.steps),
   )
 
@@ -116,9 +128,10 @@ def prepare(
     s: settings.Settings,
     mesh: jax.sharding.Mesh,
     base: checkpoints.Checkpoint,
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | None,
     plan: Mapping[str, Any],
     student: Mapping[str, Any],
+    before: Job | None = None,
 ) -> Job:
   """Builds step and state around a student.
 
@@ -126,9 +139,11 @@ def prepare(
     s: the settings.
     mesh: where everything lies.
     base: the checkpoint that was loaded.
-    params: its tree, float32: the teacher.
+    params: its tree, float32: the teacher. None where there is a job before.
     plan: from `student.make_plan`.
-    student: tree of step 0 or of a checkpoint.
+    student: tree of step 0, of a checkpoint or of the job before.
+    before: the same run's, whose codes moved (`codes.freeze`); its teacher is
+      kept, and what its optimizer knows (`codes.carry`).
   """
   config = base.config
   groups = student_lib.groups(student, s.train.rules)
@@ -136,14 +151,19 @@ def prepare(
   settled, step_plan = student_lib.settle(frozen, plan)
   trained = _place(mesh, config, trained)
   program = make_program(s, mesh, config, step_plan, groups, trained)
-  teacher = teacher_of(config, traverse_util.flatten_dict(params, sep='/'),
-                       s.compute)
+  state = program.init(trained)
+  if before is None:
+    flat = traverse_util.flatten_dict(params, sep='/')
+    flat = teacher_of(config, flat, s.compute)
+    teacher = student_lib.join({}, _place(mesh, config, flat))
+  else:
+    teacher, state = before.teacher, codes.carry(state, before.state)
   return Job(
-      state=program.init(trained),
+      state=state,
       # Of several processes the first saves what none has to itself.
       frozen={path: np.asarray(x) for path, x in frozen.items()},
       settled=_place(mesh, config, for_products(config, settled, s.compute)),
-      teacher=student_lib.join({}, _place(mesh, config, teacher)),
+      teacher=teacher,
       program=program,
       trains_head=_trains_head(groups),
   )

@@ -20,8 +20,10 @@ from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.model import weights
+from gemma_qat.training import codes
 from gemma_qat.training import job as job_lib
 from gemma_qat.training import metrics
+from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import saving
 from gemma_qat.training import settings
 from gemma_qat.training import speed as speed_lib
@@ -64,7 +66,9 @@ def train(
   _check_mesh(mesh, base.config, plan, s.train)
   # Wrong rules are found now, not after minutes of calibration.
   student_lib.check_start(plan, s.quant.start)
-  student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
+  outline = student_lib.outline(base.config, plan)
+  student_lib.groups(outline, s.train.rules)
+  codes.check(s, outline, plan)
   hosts.say(
       f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
       f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products'
@@ -82,33 +86,65 @@ def train(
       hosts.say(f'Going on at step {saver.latest}.')
     else:
       student = job_lib.start(s, base, params, plan, text.calibrating)
-    job = job_lib.prepare(s, mesh, base, params, plan, student)
-    if optimizer_leaves is not None:
-      job = job_lib.resume(job, saver.latest, optimizer_leaves)
-    del params, student
-
-    def save(state):
-      manifest = orbax_files.manifest(
-          base.config, plan, int(state.step), config.name
-      )
-      saver.save(
-          state, job.frozen, manifest | text.state(),
-          orbax_files.tokenizer_tree(base.tokenizer),
-      )
-
-    first = int(job.state.step)
+    first = saver.latest or 0
     kind = metrics.Writer if hosts.is_first() else metrics.Silence
-    speed = speed_lib.Speed(s.train, base.config, job.trains_head)
     with (
         contextlib.closing(kind(workdir, first)) as writer,
         tracing.Trace(workdir, profile, first) as trace,
     ):
-      _go(s, mesh, job, text, writer, save, stop, speed, trace)
+      job = None
+      for last, is_resting in _stages(s.train, first):
+        if is_resting:
+          if job is not None:
+            student = codes.freeze(_whole_student(job), plan)
+          plan = codes.frozen_plan(plan)
+          s = codes.settings_when_frozen(s, student)
+        job = job_lib.prepare(s, mesh, base, params, plan, student, job)
+        if optimizer_leaves is not None:
+          job = job_lib.resume(job, first, optimizer_leaves)
+        del student
+        optimizer_leaves = params = None
+
+        def save(state, job=job, plan=plan):
+          manifest = orbax_files.manifest(
+              base.config, plan, int(state.step), config.name
+          )
+          saver.save(
+              state, job.frozen, manifest | text.state(),
+              orbax_files.tokenizer_tree(base.tokenizer),
+          )
+
+        speed = speed_lib.Speed(s.train, base.config, job.trains_head)
+        job = _go(s, mesh, job, text, last, writer, save, stop, speed, trace)
   return s.train.steps
 
 
-def _go(s, mesh, job, text, writer, save, stop, speed, trace):
-  """The loop itself: batch -> step -> metrics -> checkpoint."""
+def _stages(train, first):
+  """[(last step, whether codes stand still by decree)] of what is left.
+
+  A checkpoint of the step between two stages is still of the former.
+  """
+  rest = train.steps - round(train.freeze_codes * train.steps)
+  stages = [(rest, False), (train.steps, True)]
+  if rest == train.steps:
+    return stages[:1]
+  return stages if first <= rest else stages[1:]
+
+
+def _whole_student(job):
+  """The student as every process has it, of the running mean if there is one.
+  """
+  mean = optimizer_lib.averaged(job.state.optimizer)
+  return student_lib.join(
+      hosts.fetch(job.state.trained if mean is None else mean), job.frozen
+  )
+
+
+def _go(s, mesh, job, text, until, writer, save, stop, speed, trace):
+  """The loop itself: batch -> step -> metrics -> checkpoint.
+
+  Returns the job as it stands after step `until`.
+  """
   state, program = job.state, job.program
   rows = sharding.named(mesh, ('batch', None))
   to_devices = lambda batch: hosts.put_share(batch, rows)
@@ -127,19 +163,31 @@ def _go(s, mesh, job, text, writer, save, stop, speed, trace):
   with metrics.Progress(
       'train', s.train.steps, first, is_shown=hosts.is_first()
   ) as progress:
-    for n in range(first + 1, s.train.steps + 1):
+    for n in range(first + 1, until + 1):
       trace.before(n)
+      last = n == s.train.steps
+      is_logged = n % s.train.log_every == 0 or last
+      before = None
+      if is_logged and program.codes:
+        before = program.codes(state.trained, job.settled)
       state, scalars = program.step(
           state, job.settled, job.teacher, to_devices(next(text.batches))
       )
       trace.after(n, scalars)
-      last = n == s.train.steps
       row = {}
-      if n % s.train.log_every == 0 or last:
+      if is_logged:
         row = {k: float(v) for k, v in scalars.items()}
         row['learning_rate'] = float(program.schedule(n - 1))
         row |= speed.at(n)
         said = f'kl {row["kl_nats"]:.4f} nats, {speed.said}'
+      if before is not None:
+        row['flipped_codes'] = float(codes.share_that_differs(
+            before, program.codes(state.trained, job.settled)
+        ))
+      mean = optimizer_lib.averaged(state.optimizer) if last else None
+      if mean is not None:
+        row['heldout_kl_nats_of_last'] = heldout_kl()
+        state = state._replace(trained=mean)
       if n % s.train.evaluate_every == 0 or last:
         row['heldout_kl_nats'] = heldout_kl()
       if row:
@@ -159,6 +207,7 @@ def _go(s, mesh, job, text, writer, save, stop, speed, trace):
         raise errors.Stopped(
             f'Stopped after step {n}; the same command goes on.'
         )
+  return job._replace(state=state)
 
 
 def _check_mesh(mesh, config, plan, train):

@@ -1,11 +1,13 @@
 """How do the trained leaves move, each group at its own rate?"""
 
-from typing import Mapping
+from typing import Any, Mapping, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_qat import errors
+from gemma_qat.quant import lattice
 from gemma_qat.training import moments
 from gemma_qat.training import settings
 
@@ -23,7 +25,10 @@ def make_schedule(
 
 
 def make_optimizer(
-    s: settings.OptimizerSettings, steps: int, groups: Mapping[str, str]
+    s: settings.OptimizerSettings,
+    steps: int,
+    groups: Mapping[str, str],
+    plan: Mapping[str, lattice.Entry] | None = None,
 ) -> optax.GradientTransformation:
   """Makes warm-up, cosine, clipping and Adam or Adafactor for each group.
 
@@ -31,9 +36,13 @@ def make_optimizer(
     s: the settings.
     steps: length of the schedule.
     groups: path of every trained leaf -> name of its group.
+    plan: from `student.make_plan`; for dampening.
 
   Returns:
     A transformation of flat dicts {path: float32 array}.
+
+  Raises:
+    UserError: dampening of masters whose scales are not trained.
   """
   schedule = make_schedule(s, steps)
 
@@ -54,7 +63,7 @@ def make_optimizer(
       path: name + ('/scale' if path.endswith('/scale') else '')
       for path, name in groups.items()
   }
-  return optax.partition(
+  parts = optax.partition(
       {
           label: make_group(
               s.multipliers[label.removesuffix('/scale')],
@@ -64,6 +73,88 @@ def make_optimizer(
       },
       labels,
   )
+  if s.dampening:
+    parts = optax.chain(dampen(s.dampening, plan or {}, groups), parts)
+  if s.average:
+    parts = optax.chain(parts, keep_average(s.average))
+  return parts
+
+
+class Average(NamedTuple):
+  """A running mean of parameters: steps so far, and {path: mean}."""
+
+  count: jax.Array
+  mean: dict[str, jax.Array]
+
+
+def keep_average(decay: float) -> optax.GradientTransformation:
+  """Keeps a running mean of the parameters; updates pass unchanged.
+
+  The decay begins low, as (1 + t) / (10 + t), so that the start is forgotten.
+  """
+  def init(params):
+    # A copy: the parameters are donated to the step.
+    return Average(
+        jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x + 0, dict(params))
+    )
+
+  def update(updates, state, params=None):
+    t = state.count.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1 + t) / (10 + t))
+    mean = jax.tree.map(
+        lambda m, x, u: kept * m + (1 - kept) * (x + u),
+        state.mean, dict(params), dict(updates),
+    )
+    return updates, Average(state.count + 1, mean)
+
+  return optax.GradientTransformation(init, update)
+
+
+def averaged(state: Any) -> dict[str, jax.Array] | None:
+  """Finds the running mean in an optimizer's state; None without one."""
+  is_mean = lambda x: isinstance(x, Average)
+  found = [
+      x for x in jax.tree.leaves(state, is_leaf=is_mean) if is_mean(x)
+  ]
+  return found[0].mean if found else None
+
+
+def dampen(
+    strength: float, plan: Mapping[str, lattice.Entry], groups
+) -> optax.GradientTransformation:
+  """Adds to masters' gradients `strength` times their distance from a point.
+
+  That of the lattice they round to: codes between two of which a master
+  oscillates come to rest. Source: Nagel et al., Overcoming Oscillations in
+  Quantization-Aware Training; its loss term, differentiated.
+  """
+  masters = {}
+  for path, (fmt, mode, contraction) in plan.items():
+    leaf = path + '/master' if mode == 'learned' else path
+    if mode not in ('learned', 'derived') or leaf not in groups:
+      continue
+    if mode == 'learned' and path + '/scale' not in groups:
+      raise errors.UserError(
+          f'config.optimizer.dampening needs the scale of {path} beside its '
+          'master, but config.train.rules freezes it: train both, or set the '
+          'dampening to 0.'
+      )
+    masters[leaf] = path, fmt, mode, contraction
+
+  def lost(leaf, params):
+    path, fmt, mode, contraction = masters[leaf]
+    master = params[leaf]
+    if mode == 'derived':
+      return master - fmt.fake_quantize(master, contraction)
+    return master - fmt.fake_quantize_learned(master, params[path + '/scale'])
+
+  def update(updates, state, params=None):
+    return {
+        leaf: u + strength * lost(leaf, params) if leaf in masters else u
+        for leaf, u in updates.items()
+    }, state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def relative_to_magnitude(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from gemma_qat import distances
 from gemma_qat import errors
 from gemma_qat.model import attention
 from gemma_qat.model import config as model_config
@@ -35,7 +36,12 @@ class QuantSettings:
       importance-weighted least squares) or 'gptq' (rounding coordinated over
       a row).
     calibration_tokens: how many training tokens the teacher reads for the
-      activation statistics of 'search' and 'gptq'.
+      activation statistics of 'search', 'gptq' and `fold`.
+    fold: whether channels are scaled by their activations first, where norms
+      and neighbouring matrices take the inverse (see `quant.folding`).
+    straight_through: 'plain' lets the gradient through to every master,
+      'clipped' not where the code is at its limit; 'auto' is plain in the mode
+      'derived' and clipped in 'learned'.
     bf16_safe_scales: whether Q4_0 scales keep to values that bfloat16 holds
       too, at the start and in training. Files with bfloat16 scales (MLX,
       compressed-tensors) are exact then. So are bfloat16 values that ggml's
@@ -50,7 +56,18 @@ class QuantSettings:
   modes: Rules
   start: str
   calibration_tokens: int
+  fold: bool
+  straight_through: str
   bf16_safe_scales: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+  """What is minimised; see `distances.Options`."""
+
+  terms: tuple[tuple[str, float], ...]
+  temperature: float
+  top_k: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +85,10 @@ class OptimizerSettings:
     warmup_steps: linear from 0; cosine to 0 at the last step follows.
     clip: largest global gradient norm of a group; 0 for none.
     b1, b2, epsilon: of Adam. Adafactor has no b1, its decay never exceeds b2.
+    average: decay of a running mean of what is trained, which the last step
+      puts in its place; 0 for none.
+    dampening: how strongly masters are drawn to the value that they round to,
+      in units of a gradient per weight; 0 not at all.
   """
 
   name: str
@@ -79,6 +100,8 @@ class OptimizerSettings:
   b1: float
   b2: float
   epsilon: float
+  average: float
+  dampening: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +131,8 @@ class TrainSettings:
       is that of the whole batch.
     length: tokens a row.
     rules: ordered (regex over the student's leaves, group); None freezes.
+    freeze_codes: share of the last steps in which codes stand still and only
+      the rest of what is trained goes on; 0 for none.
     checkpoint_every, evaluate_every, log_every: in steps.
     keep: checkpoints kept.
     heldout_batches: batches of held-out text that `evaluate_every` scores.
@@ -118,6 +143,7 @@ class TrainSettings:
   accumulate: int
   length: int
   rules: Rules
+  freeze_codes: float
   checkpoint_every: int
   evaluate_every: int
   log_every: int
@@ -145,6 +171,7 @@ class Settings(NamedTuple):
   """The frozen settings of a run, by config section."""
 
   quant: QuantSettings
+  loss: LossSettings
   train: TrainSettings
   optimizer: OptimizerSettings
   compute: ComputeSettings
@@ -153,10 +180,50 @@ class Settings(NamedTuple):
 
 def read(config: ml_collections.ConfigDict) -> Settings:
   """Checks and freezes all of a config that the loop needs."""
-  return Settings(
-      quant(config), train(config), optimizer(config), compute(config),
-      mesh(config),
+  s = Settings(
+      quant(config), loss(config), train(config), optimizer(config),
+      compute(config), mesh(config),
   )
+  if s.optimizer.dampening or s.train.freeze_codes:
+    field = 'optimizer.dampening' if s.optimizer.dampening else (
+        'train.freeze_codes'
+    )
+    if not {m for _, m in s.quant.modes} & {'learned', 'derived'}:
+      raise errors.UserError(
+          f'config.{field} is about codes that move, but no mode of '
+          'config.quant.modes lets them: set it to 0, or train some weights '
+          "with 'learned' or 'derived'."
+      )
+  return s
+
+
+def loss(config: ml_collections.ConfigDict) -> LossSettings:
+  """Checks and freezes `config.loss`."""
+  values = config.loss.to_dict()
+  s = LossSettings(**(values | {'terms': _rules(config.loss.terms)}))
+  names = [name for name, _ in s.terms]
+  for name, weight in s.terms:
+    _choice('config.loss.terms', name, distances.NAMES)
+    if not weight > 0:
+      raise errors.UserError(
+          f'config.loss.terms gives {name} the weight {weight}: leave it out, '
+          'or give it one above 0.'
+      )
+  if not names or len(set(names)) < len(names):
+    raise errors.UserError(
+        f'config.loss.terms={s.terms}: name every term once, and one at least.'
+    )
+  if names == ['hidden']:
+    raise errors.UserError(
+        "config.loss.terms has 'hidden' alone, which says nothing of the "
+        'probabilities that are wanted: add another term.'
+    )
+  if not s.temperature > 0 or s.top_k < 1:
+    raise errors.UserError(
+        f'config.loss.temperature={s.temperature} and top_k={s.top_k}: the '
+        'first must be above 0, the second 1 or more.'
+    )
+  return s
 
 
 def mesh(config: ml_collections.ConfigDict) -> MeshSettings:
@@ -173,6 +240,8 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
       modes=_rules(config.quant.modes),
       start=config.quant.start,
       calibration_tokens=config.quant.calibration_tokens,
+      fold=config.quant.fold,
+      straight_through=config.quant.straight_through,
       bf16_safe_scales=config.quant.bf16_safe_scales,
   )
   for _, name in s.rules:
@@ -184,6 +253,8 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
         'rule of config.quant.rules gives: turn it off, or add such a rule.'
     )
   _choice('config.quant.start', s.start, ('reference', 'search', 'gptq'))
+  _choice('config.quant.straight_through', s.straight_through,
+          ('auto', *lattice.STRAIGHT_THROUGH))
   for _, mode in s.modes:
     _choice('config.quant.modes', mode, lattice.MODES)
   return s
@@ -207,6 +278,11 @@ def optimizer(config: ml_collections.ConfigDict) -> OptimizerSettings:
         f'b2={s.b2}: only then is the first moment bounded by the root of the '
         'second, in units of which it is kept. Lower b1 or raise b2.'
     )
+  if not 0 <= s.average < 1 or s.dampening < 0:
+    raise errors.UserError(
+        f'config.optimizer.average={s.average} and dampening={s.dampening}: '
+        'the first must be in 0 .. 1 (1 not included), the second not below 0.'
+    )
   if s.warmup_steps >= config.train.steps:
     raise errors.UserError(
         f'config.optimizer.warmup_steps={s.warmup_steps} leaves nothing of '
@@ -221,8 +297,13 @@ def train(config: ml_collections.ConfigDict) -> TrainSettings:
   s = TrainSettings(**(values | {'rules': _rules(config.train.rules)}))
   for field in dataclasses.fields(s):
     value = getattr(s, field.name)
-    if field.name != 'rules' and value < 1:
+    if field.type is int and value < 1:
       raise errors.UserError(f'config.train.{field.name}={value} is below 1.')
+  if not 0 <= s.freeze_codes < 1:
+    raise errors.UserError(
+        f'config.train.freeze_codes={s.freeze_codes} is no share of the steps: '
+        'take one in 0 .. 1 (1 not included).'
+    )
   if s.batch_size % s.accumulate:
     raise errors.UserError(
         f'config.train.accumulate={s.accumulate} does not divide '

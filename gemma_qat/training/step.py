@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_qat import distances
 from gemma_qat import losses
 from gemma_qat.training import student as student_lib
+
+
+class Sums(NamedTuple):
+  """Sums over positions: what is minimised, KL in nats, and how many."""
+
+  loss: jax.Array
+  kl_nats: jax.Array
+  count: jax.Array
 
 
 class State(NamedTuple):
@@ -29,6 +38,7 @@ def make_loss(
     kl_block: int | None,
     train_head: bool,
     placement: losses.Placement | None = None,
+    options: distances.Options | None = None,
 ):
   """Builds the distance between student and teacher on one batch.
 
@@ -41,44 +51,59 @@ def make_loss(
     kl_block: see `losses.linear_kl`.
     train_head: whether the student's embedding is trained.
     placement: see `losses.linear_kl`.
+    options: another distance than the forward KL.
 
   Returns:
-    loss(student tree, teacher tree, batch) -> (sum of the KL in nats over the
-    positions of `batch['mask']`, their number), so that parts of a batch add
-    up to the whole; the batch holds int tokens [B, L].
+    loss(student tree, teacher tree, batch) -> `Sums` over the positions of
+    `batch['mask']`, so that parts of a batch add up to the whole; the batch
+    holds int tokens [B, L].
   """
+  rows = functools.partial(student_model.intercept, 'embedding')
+  dtype = student_model.dtype
+
+  def forward_kl(hidden, target, student, teacher, batch):
+    del batch
+    kl = losses.linear_kl(
+        hidden, target, student['embedding'], teacher['embedding'],
+        rows=rows, block=kl_block, dtype=dtype, train_head=train_head,
+        placement=placement,
+    )
+    return kl, kl
+
+  def another(hidden, target, student, teacher, batch):
+    head = rows(student['embedding'])
+    labels = distances.next_tokens(batch['tokens'], batch['mask'])
+    return distances.linear(
+        options, hidden, target,
+        head if train_head else jax.lax.stop_gradient(head),
+        teacher['embedding'], *(x.reshape(-1) for x in labels), dtype=dtype,
+    )
+
+  is_plain = options is None or options.is_plain
+  distance = forward_kl if is_plain else another
 
   def loss(student, teacher, batch):
     tokens = batch['tokens']
     target = teacher_model.apply({'params': teacher}, tokens)
     hidden = student_model.apply({'params': student}, tokens)
-    kl = losses.linear_kl(
-        hidden.reshape(-1, hidden.shape[-1]),
-        target.reshape(-1, target.shape[-1]),
-        student['embedding'],
-        teacher['embedding'],
-        rows=functools.partial(student_model.intercept, 'embedding'),
-        block=kl_block,
-        dtype=student_model.dtype,
-        train_head=train_head,
-        placement=placement,
-    )
-    mask = batch['mask'].reshape(-1).astype(kl.dtype)
-    return jnp.sum(kl * mask), jnp.sum(mask)
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    found = distance(flat(hidden), flat(target), student, teacher, batch)
+    mask = batch['mask'].reshape(-1).astype(jnp.float32)
+    return Sums(*(jnp.sum(x * mask) for x in found), jnp.sum(mask))
 
   return loss
 
 
 def make_step(
-    loss: Callable[..., tuple[jax.Array, jax.Array]],
+    loss: Callable[..., Sums],
     optimizer: optax.GradientTransformation,
     groups: Mapping[str, str],
     accumulate: int = 1,
 ):
   """Builds step(state, frozen, teacher, batch) -> (state, metrics).
 
-  Metrics are scalars: `kl_nats` before the update, a mean over positions, and
-  the gradient norm of each group.
+  Metrics are scalars: `loss` and `kl_nats` before the update, means over
+  positions, and the gradient norm of each group.
 
   Args:
     loss: from `make_loss`.
@@ -94,17 +119,19 @@ def make_step(
     count = jnp.maximum(jnp.sum(batch['mask']), 1)
 
     def of_trained(trained, part):
-      kl, _ = loss(student_lib.join(trained, frozen), teacher, part)
-      return kl / count
+      sums = loss(student_lib.join(trained, frozen), teacher, part)
+      return sums.loss / count, sums.kl_nats / count
 
-    kl, gradient = _over_parts(
-        lambda part: jax.value_and_grad(of_trained)(state.trained, part),
+    (value, kl), gradient = _over_parts(
+        lambda part: jax.value_and_grad(of_trained, has_aux=True)(
+            state.trained, part
+        ),
         batch, accumulate,
     )
     updates, optimizer_state = optimizer.update(
         gradient, state.optimizer, state.trained
     )
-    metrics = {'kl_nats': kl}
+    metrics = {'loss': value, 'kl_nats': kl}
     for name in sorted(set(groups.values())):
       part = [g for p, g in gradient.items() if groups[p] == name]
       metrics[f'gradient_norm/{name}'] = optax.tree.norm(part)
@@ -115,7 +142,7 @@ def make_step(
 
 
 def make_score(
-    loss: Callable[..., tuple[jax.Array, jax.Array]], accumulate: int = 1
+    loss: Callable[..., Sums], accumulate: int = 1
 ):
   """Builds score(trained, frozen, teacher, batch) -> mean KL in nats.
 
@@ -124,10 +151,10 @@ def make_score(
 
   def score(trained, frozen, teacher, batch):
     student = student_lib.join(trained, frozen)
-    kl, count = _over_parts(
+    sums = _over_parts(
         lambda part: loss(student, teacher, part), batch, accumulate
     )
-    return kl / jnp.maximum(count, 1)
+    return sums.kl_nats / jnp.maximum(sums.count, 1)
 
   return score
 

@@ -111,3 +111,21 @@ def test_a_scale_of_zero_gives_zeros_and_finite_gradients():
 def test_a_format_with_unequal_steps_has_no_learned_scale():
   with pytest.raises(errors.UserError, match='sfp8'):
     formats.get('sfp8').codes_for(jnp.ones((1, 32)), jnp.ones((1, 1)))
+
+
+def test_clipping_stops_gradients_beyond_the_outermost_code():
+  q4_0 = formats.get('q4_0')
+  # The scale is -10 / -8 = 1.25: codes reach from -10 to 8.75.
+  weight = jnp.zeros((1, 32)).at[0, :4].set(jnp.array([-10.0, 9.9, 9.0, 3.0]))
+  g = jnp.arange(1.0, 33.0)[None]
+  gradient = lambda is_clipped: jax.grad(
+      lambda w: jnp.vdot(q4_0.fake_quantize(w, 1, is_clipped), g)
+  )(weight)
+  np.testing.assert_array_equal(gradient(False), g)
+  np.testing.assert_array_equal(gradient(True), g.at[0, 1].set(0))
+  scale = jnp.full((1, 1), 1.0)
+  of_master = lambda is_clipped: jax.grad(
+      lambda m: jnp.vdot(q4_0.fake_quantize_learned(m, scale, is_clipped), g)
+  )(weight)
+  np.testing.assert_array_equal(of_master(False), g)
+  np.testing.assert_array_equal(of_master(True), g.at[0, :3].set(0))

@@ -169,6 +169,96 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_for_bit(
   _assert_same_numbers(workdir, finished, 8)
 
 
+@pytest.fixture(scope='module')
+def resting(make_config):
+  """Masters move in three steps of six, then scales and norms alone."""
+  config = make_config(
+      steps=6, checkpoint_every=1, log_every=2, evaluate_every=3, keep=9,
+      freeze_codes=0.5,
+  ).unlock()
+  config.quant.modes = ((r'mlp_up$', 'learned'), (r'.', 'codes'))
+  config.train.rules = (*config.train.rules, (r'/master$', 'weights'))
+  config.optimizer.learning_rate = 0.05
+  config.optimizer.average = 0.8
+  config.optimizer.dampening = 1e-4
+  config.loss.terms = (('jensen_shannon', 0.9), ('cross_entropy', 0.1))
+  return config.lock()
+
+
+@pytest.fixture(scope='module')
+def rested(resting, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'rested'
+  assert loop.train(resting, workdir) == 6
+  return workdir
+
+
+def _codes(workdir, step):
+  weights = detect.load(workdir / 'checkpoints' / str(step)).weights
+  return np.concatenate([
+      np.ravel(weights[n].quantized.codes)
+      for n, e in weights.entries.items() if e.format == 'q4_0'
+  ])
+
+
+def test_frozen_codes_rest_and_their_scales_go_on(rested):
+  assert (_codes(rested, 1) != _codes(rested, 2)).any()
+  # The running mean decides at which codes they rest.
+  assert (_codes(rested, 3) != _codes(rested, 4)).any()
+  for step in (5, 6):
+    np.testing.assert_array_equal(_codes(rested, step), _codes(rested, 4))
+  scales = [
+      _arrays(rested, step)['student/tail/layer_0/attn_q/scale']
+      for step in (4, 5)
+  ]
+  assert (scales[0] != scales[1]).all()
+
+
+def test_what_moves_and_what_is_kept_is_in_the_metrics(rested):
+  rows = {row['step']: row for row in metrics.read(rested)}
+  assert 0 < rows[2]['flipped_codes'] < 0.2
+  assert 'flipped_codes' not in rows[4] | rows[6]
+  assert rows[2]['loss'] != rows[2]['kl_nats'] > 0
+  # Evaluated as it was, and as its mean, which the checkpoint holds.
+  assert rows[6]['heldout_kl_nats_of_last'] != rows[6]['heldout_kl_nats']
+
+
+@pytest.mark.parametrize('last', [2, 3, 4])
+def test_a_run_stopped_around_the_freezing_goes_on_bit_for_bit(
+    resting, rested, last, tmp_path
+):
+  workdir = tmp_path / 'stopped'
+  shutil.copytree(rested, workdir)
+  for step in range(last + 1, 7):
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  assert loop.train(resting, workdir) == 6
+  _assert_same_numbers(workdir, rested, 6)
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'train.freeze_codes': 0.2}, 'config.train.freeze_codes is about codes'),
+    ({'optimizer.dampening': 0.2}, 'config.optimizer.dampening is about codes'),
+    ({'loss.terms': (('hidden', 1.0),)}, 'says nothing of the probabilities'),
+    ({'loss.terms': (('kld', 1.0),)}, "'kld' is not one of forward_kl"),
+    ({'optimizer.average': 1.5}, 'average=1.5'),
+])
+def test_what_cannot_work_is_refused_with_the_reason(
+    make_config, tmp_path, changes, words
+):
+  config = make_config()
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=words):
+    loop.train(config, tmp_path)
+
+
+def test_freezing_all_that_is_trained_is_refused(make_config, tmp_path):
+  config = make_config(freeze_codes=0.5, steps=4).unlock()
+  config.quant.modes = ((r'^embedding$', 'codes'), (r'.', 'derived'))
+  config.train.rules = ((r'mlp_up$', 'weights'), (r'.', None))
+  with pytest.raises(errors.UserError, match='leaves nothing to train in'):
+    loop.train(config.lock(), tmp_path)
+
+
 def test_a_finished_run_stays_as_it_is(config, finished):
   before = _arrays(finished, 8), metrics.read(finished)
   assert loop.train(config, finished) == 8

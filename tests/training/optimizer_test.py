@@ -6,9 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from gemma_qat import errors
 from gemma_qat import sharding
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights
+from gemma_qat.quant import formats
+from gemma_qat.quant import lattice
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import settings
 
@@ -16,6 +19,7 @@ SETTINGS = settings.OptimizerSettings(
     name='adam', moments='float32', learning_rate=0.01,
     multipliers={'scales': 1.0, 'norms': 0.3}, warmup_steps=0,
     clip=0.0, b1=0.9, b2=0.95, epsilon=1e-8,
+    average=0.0, dampening=0.0,
 )
 GROUPS = {'a/scale': 'scales', 'b/scale': 'scales', 'norm': 'norms'}
 PARAMS = {
@@ -206,3 +210,54 @@ def test_updates_are_the_same_on_a_mesh(state):
     # The order of sums (Adafactor's) and of divisions may differ; random
     # numbers must not, their steps are of 1e-2.
     np.testing.assert_allclose(found, expected[path], rtol=1e-5)
+
+
+def test_a_running_mean_forgets_its_start_and_follows():
+  average = optimizer_lib.keep_average(0.9)
+  params = {'w': jnp.array([100.0])}
+  state = average.init(params)
+  update = jax.jit(average.update)
+  expected, seen = 100.0, []
+  for t in range(40):
+    change = {'w': jnp.array([-3.0])}
+    passed, state = update(change, state, params)
+    assert passed['w'] == -3
+    params = {'w': params['w'] - 3}
+    seen.append(float(params['w'][0]))
+    kept = min(0.9, (1 + t) / (10 + t))
+    expected = kept * expected + (1 - kept) * seen[-1]
+  mean = float(optimizer_lib.averaged((state,))['w'][0])
+  assert mean == pytest.approx(expected, rel=1e-4)
+  assert seen[-1] < mean < seen[-15]
+  assert optimizer_lib.averaged(optax.EmptyState()) is None
+
+
+@pytest.mark.parametrize('mode', ['learned', 'derived'])
+def test_dampening_draws_masters_to_what_they_round_to(mode):
+  fmt = formats.get('q4_0')
+  weight = jax.random.normal(jax.random.key(0), (2, 64))
+  start = fmt.quantize(weight)
+  leaf = 'm/master' if mode == 'learned' else 'm'
+  params = {leaf: weight, 'other': weight}
+  if mode == 'learned':
+    params['m/scale'] = start.scale
+  groups = dict.fromkeys(params, 'weights')
+  plan = {'m': lattice.Entry(fmt, mode, 1)}
+  damp = optimizer_lib.dampen(0.5, plan, groups)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = jax.jit(damp.update)(zeros, damp.init(params), params)
+  if mode == 'learned':
+    value = fmt.fake_quantize_learned(weight, start.scale)
+  else:
+    value = fmt.dequantize(start)
+  np.testing.assert_allclose(updates[leaf], 0.5 * (weight - value), atol=1e-7)
+  assert not np.any(updates['other'])
+
+
+def test_dampening_without_the_scale_is_refused():
+  plan = {'m': lattice.Entry(formats.get('q4_0'), 'learned', 1)}
+  with pytest.raises(errors.UserError, match='needs the scale of m'):
+    optimizer_lib.make_optimizer(
+        _settings(dampening=0.1, multipliers={'weights': 1.0}), 10,
+        {'m/master': 'weights'}, plan,
+    )

@@ -84,7 +84,8 @@ def test_every_optimizer_goes_on_bit_for_bit(state, tmp_path):
       settings.OptimizerSettings(**{
           'name': 'adam', 'moments': 'float32', 'learning_rate': 0.1,
           'multipliers': {'all': 1.0}, 'warmup_steps': 2, 'clip': 1.0,
-          'b1': 0.9, 'b2': 0.95, 'epsilon': 1e-8, **state,
+          'b1': 0.9, 'b2': 0.95, 'epsilon': 1e-8, 'average': 0.0,
+          'dampening': 0.0, **state,
       }), 10, dict.fromkeys(start, 'all'),
   )
 

@@ -46,7 +46,7 @@ def make_plan(
   """Plans formats and modes of the small model."""
   return student_lib.make_plan(CONFIG, settings.QuantSettings(
       rules=rules, modes=modes, start='reference', calibration_tokens=160,
-      bf16_safe_scales=bf16_safe_scales,
+      fold=False, straight_through='auto', bf16_safe_scales=bf16_safe_scales,
   ))
 
 
