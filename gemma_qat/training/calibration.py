@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_qat.model import layers
 from gemma_qat.model import transformer
 
 
@@ -30,8 +31,9 @@ def gather_grams(
   """
   @jax.jit
   def read(params, tokens):
-    _, grams = model.apply({'params': params}, tokens, mutable=['gram'])
-    return grams['gram']
+    hidden, grams = model.apply({'params': params}, tokens, mutable=['gram'])
+    # What the head, which is the embedding, multiplies with.
+    return {**grams['gram'], 'embedding': layers.gram(hidden, 1)}
 
   total, tokens = None, 0
   for batch in batches:

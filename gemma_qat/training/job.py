@@ -19,6 +19,7 @@ from gemma_qat.model import weights
 from gemma_qat.quant import lattice
 from gemma_qat.training import calibration
 from gemma_qat.training import codes
+from gemma_qat.training import folding
 from gemma_qat.training import gathering
 from gemma_qat.training import metrics
 from gemma_qat.training import optimizer as optimizer_lib
@@ -231,13 +232,20 @@ def start(
 ) -> dict[str, Any]:
   """Makes the student of step 0, reading text where the start needs it."""
   grams = None
-  if s.quant.start != 'reference':
+  if s.quant.start != 'reference' or s.quant.fold:
     batches = [b['tokens'] for b in calibrating()]
     model = settings.make_model(base.config, s.compute, transformer.identity)
     total = sum(b.size for b in batches)
     with metrics.Progress('calibrate', total) as progress:
       grams = calibration.gather_grams(
           model, params, batches, on_batch=progress.advance
+      )
+  if s.quant.fold:
+    total = folding.places(base.config)
+    with metrics.Progress('fold channels', total) as progress:
+      params, grams = folding.fold(
+          base.config, params, grams, plan,
+          on_place=lambda path: progress.advance(text=path),
       )
   with metrics.Progress(f'start: {s.quant.start}', len(plan)) as progress:
     return student_lib.init_student(
