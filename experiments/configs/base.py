@@ -80,7 +80,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   # Group -> its rate in units of learning_rate. Rates of scales are relative:
   # 1e-3 moves a scale by up to 0.1 % a step.
   c.optimizer.multipliers = ml_collections.ConfigDict(
-      {'scales': 1.0, 'norms': 0.3, 'weights': 0.01}
+      {'scales': 1.0, 'norms': 0.3, 'weights': 0.01, 'factors': 0.3}
   )
   c.optimizer.warmup_steps = 100
   c.optimizer.clip = 1.0

@@ -31,6 +31,7 @@ from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
+from gemma_qat.quant import low_rank
 
 # Counts up when the content of a step changes.
 _VERSION = 1
@@ -41,7 +42,7 @@ _MANIFEST = 'data.json'
 # More than any model has; groups of them are one array.
 _MOST_LAYERS = 1_000
 _LARGEST_TOKENIZER = 2**26
-_NODE_PARTS = {'codes', 'master', 'scale'}
+_NODE_PARTS = {'codes', *low_rank.PARTS}
 # What has to be decoded to read any part of an array.
 _CHUNK_BYTES = 2**26
 
@@ -244,7 +245,8 @@ def _read_manifest(step, said):
 
 def _entry(name, mode, spec):
   """Returns a line of the plan, which only matrices have."""
-  if mode not in lattice.MODES or not spec.contraction:
+  lattice.check_mode(mode)
+  if not spec.contraction:
     raise ValueError(mode)
   return lattice.Entry(formats.get(name), mode, spec.contraction)
 
@@ -301,7 +303,9 @@ def _nodes(step, student):
 
 def _check_node(step, path, node, entry):
   """Raises a UserError unless a node is one that its mode could have made."""
-  wanted = _part_shapes(_main(node).shape, entry)
+  wanted = _part_shapes(
+      _main(node).shape, entry, path.startswith('groups/')
+  )
   found = jax.tree.map(lambda a: tuple(a.shape), node, is_leaf=_is_array)
   if found != wanted:
     raise errors.UserError(
@@ -311,19 +315,26 @@ def _check_node(step, path, node, entry):
 
 
 @functools.cache
-def _part_shapes(shape, entry):
+def _part_shapes(shape, entry, stacked):
   if entry is None or entry.mode in ('derived', 'fixed'):
     return shape
   node = jax.eval_shape(
-      lambda w: lattice.init_node(w, *entry),
+      lambda w: lattice.init_node(w, *entry, stacked=stacked),
       jax.ShapeDtypeStruct(shape, jnp.float32),
   )
   return {part: tuple(value.shape) for part, value in node.items()}
 
 
 def _read(node, entry, group, rows):
-  index = (rows,) if group is None else (group, rows)
-  node = jax.tree.map(lambda a: a.read(index), node, is_leaf=_is_array)
+  layer = () if group is None else (group,)
+  if isinstance(node, dict):
+    # One factor has no rows: its product with the other has.
+    node = {
+        part: a.read(layer if part == 'lora_a' else (*layer, rows))
+        for part, a in node.items()
+    }
+  else:
+    node = node.read((*layer, rows))
   if entry is None:
     return np.asarray(node, np.float32)
   # A fixed node is compared with its own values, which jit cannot do.

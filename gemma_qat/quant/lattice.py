@@ -6,6 +6,8 @@ trained:
   learned: {'master', 'scale'}; codes follow from both (LSQ).
   codes: {'codes', 'scale'}; codes stand still, scales are trained.
   fixed: a plain array of values on the lattice already, used as they are.
+  loraN: learned, and factors of rank N that are added to the master; see
+    `low_rank`.
 Training, evaluation and export all get their numbers from `quantized`.
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from gemma_qat import errors
 from gemma_qat.quant import formats
+from gemma_qat.quant import low_rank
 
 MODES = ('derived', 'learned', 'codes', 'fixed')
 STRAIGHT_THROUGH = ('plain', 'clipped')
@@ -37,6 +40,8 @@ def init_node(
     contraction: int,
     scale: jax.Array | None = None,
     codes: jax.Array | None = None,
+    stacked: bool = False,
+    seed: int = 0,
 ) -> Any:
   """Makes the node of a weight.
 
@@ -48,6 +53,8 @@ def init_node(
     scale: a starting scale other than the reference rule's; not in the derived
       mode, which has none.
     codes: starting codes, with their scale; in the codes and fixed modes.
+    stacked: whether the first axis is one of layers; for loraN.
+    seed: of the first factor of loraN.
 
   Returns:
     An array or a dict of arrays; see the module.
@@ -55,7 +62,13 @@ def init_node(
   Raises:
     UserError: unknown mode, or one that the format cannot do.
   """
-  _check_mode(mode)
+  check_mode(mode)
+  if rank := low_rank.rank(mode):
+    factors = low_rank.init_factors(
+        weight.shape, contraction, rank, stacked, seed
+    )
+    node = init_node(weight, format, 'learned', contraction, scale, codes)
+    return node | factors
   if codes is not None and scale is None:
     raise ValueError('Codes mean nothing without their scale.')
   if mode == 'derived':
@@ -89,7 +102,10 @@ def quantized(
     UserError: unknown mode, or a fixed node whose values do not survive
       quantization (not traceable in that mode).
   """
-  _check_mode(mode)
+  check_mode(mode)
+  if low_rank.rank(mode):
+    master = low_rank.master(node, contraction)
+    node, mode = {'master': master, 'scale': node['scale']}, 'learned'
   if mode == 'learned':
     codes = format.codes_for(node['master'], node['scale'])
     return formats.Quantized(codes, format.stored_scale(node['scale']))
@@ -127,7 +143,7 @@ def make_intercept(
   """
   plan = {path: Entry(*entry) for path, entry in plan.items()}
   for entry in plan.values():
-    _check_mode(entry.mode)
+    check_mode(entry.mode)
 
   def intercept(path, node):
     if path not in plan or plan[path].mode == 'fixed':
@@ -137,13 +153,39 @@ def make_intercept(
       return format.fake_quantize(
           node, contraction, straight_through == 'clipped'
       )
-    if mode == 'learned':
+    if is_learned(mode):
+      master = node['master']
+      if mode != 'learned':
+        master = low_rank.master(node, contraction)
       return format.fake_quantize_learned(
-          node['master'], node['scale'], straight_through != 'plain'
+          master, node['scale'], straight_through != 'plain'
       )
     return format.dequantize(formats.Quantized(node['codes'], node['scale']))
 
   return intercept
+
+
+def is_learned(mode: str) -> bool:
+  """Whether codes follow from a master and a scale of its own."""
+  return mode == 'learned' or low_rank.rank(mode) is not None
+
+
+def parts(mode: str) -> tuple[str, ...]:
+  """Names of the arrays of a node; none if it is a plain one."""
+  if low_rank.rank(mode):
+    return low_rank.PARTS
+  return {'codes': ('codes', 'scale'), 'learned': ('master', 'scale')}.get(
+      mode, ()
+  )
+
+
+def check_mode(mode: str) -> None:
+  """Raises a UserError that lists the modes if this is none of them."""
+  if mode not in MODES and not low_rank.rank(mode):
+    raise errors.UserError(
+        f'Unknown mode {mode!r}: choose one of {", ".join(MODES)}, or loraN '
+        'with a rank, as lora16.'
+    )
 
 
 def _start(weight, format, contraction, scale, codes):
@@ -153,10 +195,3 @@ def _start(weight, format, contraction, scale, codes):
   if codes is None:
     codes = format.codes_for(weight, scale)
   return formats.Quantized(jnp.asarray(codes, jnp.int8), scale)
-
-
-def _check_mode(mode):
-  if mode not in MODES:
-    raise errors.UserError(
-        f'Unknown mode {mode!r}: choose one of {", ".join(MODES)}.'
-    )

@@ -15,10 +15,6 @@ from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
 from gemma_qat.training import student as student_lib
 
-# Modes whose codes follow from a master.
-_MOVING = ('learned', 'derived')
-
-
 def moving(plan: Mapping[str, lattice.Entry], groups) -> list[str]:
   """Paths of the weights whose codes training can change.
 
@@ -28,8 +24,8 @@ def moving(plan: Mapping[str, lattice.Entry], groups) -> list[str]:
   """
   return [
       path for path, entry in plan.items()
-      if entry[1] in _MOVING and any(
-          leaf in groups for leaf in (path, path + '/master', path + '/scale')
+      if _moves(entry[1]) and any(
+          leaf in groups for leaf in _leaves(path, entry[1])
       )
   ]
 
@@ -71,7 +67,7 @@ def quantized(leaves: Mapping[str, Any], path: str, entry):
 def frozen_plan(plan: Mapping[str, lattice.Entry]):
   """The plan after `freeze`."""
   return {
-      path: lattice.Entry(f, 'codes' if mode in _MOVING else mode, contraction)
+      path: lattice.Entry(f, 'codes' if _moves(mode) else mode, contraction)
       for path, (f, mode, contraction) in plan.items()
   }
 
@@ -89,15 +85,15 @@ def freeze(student: Mapping[str, Any], plan: Mapping[str, lattice.Entry]):
   """
   flat = traverse_util.flatten_dict(dict(student), sep='/')
   for path, entry in plan.items():
-    if entry[1] not in _MOVING:
+    if not _moves(entry[1]):
       continue
     found = jax.jit(
         lambda leaves, path=path, entry=entry: quantized(leaves, path, entry)
     )({p: x for p, x in flat.items() if p == path or p.startswith(path + '/')})
     # A learned scale goes on as it was trained, not as float16 stores it.
     scale = flat.get(path + '/scale', found.scale)
-    for leaf in (path, path + '/master', path + '/scale'):
-      flat.pop(leaf, None)
+    for leaf in _leaves(path, entry[1]):
+      flat.pop(leaf)
     flat[path + '/codes'], flat[path + '/scale'] = found.codes, scale
   return traverse_util.unflatten_dict(flat, sep='/')
 
@@ -133,9 +129,9 @@ def outline_when_frozen(outline, plan):
   """`student.outline` as it is after `freeze`."""
   flat = traverse_util.flatten_dict(dict(outline), sep='/')
   for path, (_, mode, _) in plan.items():
-    if mode in _MOVING:
-      for leaf in (path, path + '/master', path + '/scale'):
-        flat.pop(leaf, None)
+    if _moves(mode):
+      for leaf in _leaves(path, mode):
+        flat.pop(leaf)
       flat |= dict.fromkeys((path + '/codes', path + '/scale'))
   return traverse_util.unflatten_dict(flat, sep='/')
 
@@ -162,3 +158,12 @@ def carry(fresh: step_lib.State, before: step_lib.State) -> step_lib.State:
           take, fresh.optimizer, is_leaf=is_mean
       ),
   )
+
+
+def _moves(mode):
+  """Whether codes follow from a master."""
+  return mode == 'derived' or lattice.is_learned(mode)
+
+
+def _leaves(path, mode):
+  return [f'{path}/{part}' for part in lattice.parts(mode)] or [path]

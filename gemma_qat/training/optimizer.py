@@ -130,6 +130,7 @@ def dampen(
   """
   masters = {}
   for path, (fmt, mode, contraction) in plan.items():
+    # Of low rank, the master itself stands still.
     leaf = path + '/master' if mode == 'learned' else path
     if mode not in ('learned', 'derived') or leaf not in groups:
       continue

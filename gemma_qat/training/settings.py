@@ -188,7 +188,10 @@ def read(config: ml_collections.ConfigDict) -> Settings:
     field = 'optimizer.dampening' if s.optimizer.dampening else (
         'train.freeze_codes'
     )
-    if not {m for _, m in s.quant.modes} & {'learned', 'derived'}:
+    if not any(
+        mode == 'derived' or lattice.is_learned(mode)
+        for _, mode in s.quant.modes
+    ):
       raise errors.UserError(
           f'config.{field} is about codes that move, but no mode of '
           'config.quant.modes lets them: set it to 0, or train some weights '
@@ -256,7 +259,7 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
   _choice('config.quant.straight_through', s.straight_through,
           ('auto', *lattice.STRAIGHT_THROUGH))
   for _, mode in s.modes:
-    _choice('config.quant.modes', mode, lattice.MODES)
+    lattice.check_mode(mode)
   return s
 
 

@@ -6,6 +6,7 @@ the format and the mode; rules over the leaves say who is trained.
 """
 
 from typing import Any, Callable, Mapping
+import zlib
 
 from flax import traverse_util
 import jax
@@ -19,6 +20,7 @@ from gemma_qat.model import weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
+from gemma_qat.quant import low_rank
 from gemma_qat.quant import rules
 from gemma_qat.quant import search
 from gemma_qat.training import settings
@@ -26,9 +28,10 @@ from gemma_qat.training import settings
 Flat = Mapping[str, Any]
 
 # One program for each shape: operation by operation tiny takes a minute.
-_init_node = jax.jit(lattice.init_node, static_argnums=(1, 2, 3))
-# The parts of a node, by mode; the other modes' nodes are plain arrays.
-_PARTS = {'codes': ('codes', 'scale'), 'learned': ('master', 'scale')}
+_init_node = jax.jit(
+    lattice.init_node, static_argnums=(1, 2, 3),
+    static_argnames=('stacked', 'seed'),
+)
 
 
 def make_plan(config: model_config.ModelConfig, s: settings.QuantSettings):
@@ -94,11 +97,16 @@ def init_student(
       continue
     fmt, mode, contraction = plan[path]
     gram = None if grams is None else grams.get(path)
+    # Of another draw for every weight.
+    more = {
+        'stacked': specs[path].axes[0] == 'layers',
+        'seed': zlib.crc32(path.encode()),
+    }
     if start != 'reference' and fmt.stored_as == 'q4_0' and gram is not None:
       codes, scale = _coordinated(leaf, specs[path], gram, start, fmt)
-      tree[path] = _node(leaf, fmt, mode, contraction, codes, scale)
+      tree[path] = _node(leaf, fmt, mode, contraction, codes, scale, more)
     else:
-      tree[path] = _init_node(leaf, fmt, mode, contraction)
+      tree[path] = _init_node(leaf, fmt, mode, contraction, **more)
     on_weight(path)
   return traverse_util.unflatten_dict(tree, sep='/')
 
@@ -108,7 +116,9 @@ def abstract_student(config: model_config.ModelConfig, plan) -> dict:
   def node(path, leaf):
     if path not in plan:
       return leaf
-    make = lambda weight: lattice.init_node(weight, *plan[path])
+    make = lambda weight: lattice.init_node(
+        weight, *plan[path], stacked=path.startswith('groups/')
+    )
     return jax.eval_shape(make, leaf)
   return traverse_util.unflatten_dict(
       {path: node(path, x) for path, x in abstract_flat(config).items()},
@@ -145,8 +155,8 @@ def outline(config: model_config.ModelConfig, plan) -> dict:
   """
   tree = {path: None for path in weights.tree_specs(config)}
   for path, (_, mode, _) in plan.items():
-    if mode in _PARTS:
-      tree[path] = dict.fromkeys(_PARTS[mode])
+    if lattice.parts(mode):
+      tree[path] = dict.fromkeys(lattice.parts(mode))
   return traverse_util.unflatten_dict(tree, sep='/')
 
 
@@ -222,6 +232,9 @@ def shardings(mesh, config: model_config.ModelConfig, flat: Flat) -> dict:
   for path, leaf in flat.items():
     weight = path if path in specs else path.rpartition('/')[0]
     axes = specs[weight].axes
+    part = path.rpartition('/')[2]
+    if part in ('lora_a', 'lora_b'):
+      axes = low_rank.axes(part, axes, specs[weight].contraction)
     # Per-channel scales keep contracted axes as ones: nothing to cut there.
     axes = tuple(
         a if size > 1 else 'norm' for a, size in zip(axes, leaf.shape)
@@ -232,7 +245,7 @@ def shardings(mesh, config: model_config.ModelConfig, flat: Flat) -> dict:
   return placed
 
 
-def _node(weight, fmt, mode, contraction, codes, scale):
+def _node(weight, fmt, mode, contraction, codes, scale, more):
   """A node that starts at given codes, whatever its mode trains."""
   if mode == 'codes':
     return lattice.init_node(
@@ -243,7 +256,9 @@ def _node(weight, fmt, mode, contraction, codes, scale):
   values = np.asarray(fmt.dequantize(formats.Quantized(codes, scale)))
   reach = 0.45 * np.repeat(np.abs(scale), fmt.block, axis=-1)
   master = values + np.clip(weight - values, -reach, reach)
-  return lattice.init_node(master, fmt, mode, contraction, scale=scale)
+  return lattice.init_node(
+      master, fmt, mode, contraction, scale=scale, **more
+  )
 
 
 def _coordinated(weight, spec, gram, start, fmt):

@@ -20,7 +20,7 @@ from gemma_qat.quant import lattice
 
 MODES = {
     'attn_q': 'codes', 'attn_o': 'learned', 'mlp_up': 'derived',
-    'mlp_gate': 'fixed',
+    'mlp_gate': 'fixed', 'mlp_down': 'lora4',
 }
 
 
@@ -82,13 +82,13 @@ def test_weights_are_those_of_the_student(tiny, plan, workdir):
       spec = model_weights.by_layer_specs(tiny.config)[name]
       want = number_format.quantize(expected, spec.contraction)
       assert weight.format == number_format.name
-      if MODES.get(kind) != 'learned':
+      if MODES.get(kind) not in ('learned', 'lora4'):
         np.testing.assert_array_equal(weight.quantized.codes, want.codes)
       np.testing.assert_array_equal(weight.quantized.scale, want.scale)
       quantized += 1
     else:
       np.testing.assert_array_equal(weight, expected)
-  assert quantized == 4 * tiny.config.num_layers + 1
+  assert quantized == 5 * tiny.config.num_layers + 1
 
 
 def test_exported_values_are_those_of_the_forward_pass(
@@ -96,7 +96,10 @@ def test_exported_values_are_those_of_the_forward_pass(
 ):
   intercept = lattice.make_intercept(plan)
   seen = {}
-  for path in ('groups/layer_4/attn_o', 'tail/layer_1/mlp_up', 'embedding'):
+  for path in (
+      'groups/layer_4/attn_o', 'groups/layer_4/mlp_down', 'tail/layer_1/mlp_up',
+      'tail/layer_1/mlp_down', 'embedding',
+  ):
     node = student
     for key in path.split('/'):
       node = node[key]
@@ -106,8 +109,12 @@ def test_exported_values_are_those_of_the_forward_pass(
   np.testing.assert_array_equal(
       value('layer_4/attn_o'), seen['groups/layer_4/attn_o'][0]
   )
+  for kind in ('mlp_up', 'mlp_down'):
+    np.testing.assert_array_equal(
+        value(f'layer_7/{kind}'), seen[f'tail/layer_1/{kind}']
+    )
   np.testing.assert_array_equal(
-      value('layer_7/mlp_up'), seen['tail/layer_1/mlp_up']
+      value('layer_4/mlp_down'), seen['groups/layer_4/mlp_down'][0]
   )
   np.testing.assert_array_equal(value('embedding'), seen['embedding'])
 
@@ -236,4 +243,11 @@ def test_damaged_steps_are_named(workdir, tmp_path):
 def _node(plan, path, weight):
   if path not in plan:
     return jnp.asarray(weight)
-  return lattice.init_node(jnp.asarray(weight), *plan[path])
+  node = lattice.init_node(
+      jnp.asarray(weight), *plan[path], stacked=path.startswith('groups/')
+  )
+  if isinstance(node, dict) and 'lora_b' in node:
+    # Zeros at the start: they would change nothing.
+    draw = np.random.default_rng(0).standard_normal(node['lora_b'].shape)
+    node['lora_b'] = jnp.asarray(0.1 * draw, jnp.float32)
+  return node

@@ -176,8 +176,13 @@ def resting(make_config):
       steps=6, checkpoint_every=1, log_every=2, evaluate_every=3, keep=9,
       freeze_codes=0.5,
   ).unlock()
-  config.quant.modes = ((r'mlp_up$', 'learned'), (r'.', 'codes'))
-  config.train.rules = (*config.train.rules, (r'/master$', 'weights'))
+  config.quant.modes = (
+      (r'mlp_up$', 'learned'), (r'mlp_gate$', 'lora4'), (r'.', 'codes')
+  )
+  config.train.rules = (
+      *config.train.rules, (r'mlp_up/master$', 'weights'),
+      (r'/lora_[ab]$', 'factors'),
+  )
   config.optimizer.learning_rate = 0.05
   config.optimizer.average = 0.8
   config.optimizer.dampening = 1e-4

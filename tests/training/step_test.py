@@ -31,6 +31,9 @@ RULES = {
     ),
     'derived': (FROZEN, NORMS, (r'mlp_(gate|up|down)$', 'weights')),
     'fixed': (FROZEN, NORMS),
+    'lora4': (
+        FROZEN, (r'mlp_.*/scale$', 'scales'), (r'mlp_.*/lora_[ab]$', 'weights')
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import small_model
 from gemma_qat import errors
 from gemma_qat import losses
 from gemma_qat import sharding
+from gemma_qat.quant import low_rank
 from gemma_qat.training import student as student_lib
 
 TOKENS = small_model.BATCH['tokens']
@@ -102,7 +103,9 @@ def test_join_undoes_split(student):
     assert joined[path] is leaf
 
 
-@pytest.mark.parametrize('mode', ['derived', 'learned', 'codes', 'fixed'])
+@pytest.mark.parametrize(
+    'mode', ['derived', 'learned', 'codes', 'fixed', 'lora4']
+)
 def test_the_outline_has_the_leaves_of_the_student(params, mode):
   plan = small_model.make_plan_of(mode)
   student = small_model.init_student(params, plan)
@@ -113,17 +116,23 @@ def test_the_outline_has_the_leaves_of_the_student(params, mode):
 # What the student computes.
 
 
-@pytest.mark.parametrize('mode', ['derived', 'learned', 'codes', 'fixed'])
+@pytest.mark.parametrize(
+    'mode', ['derived', 'learned', 'codes', 'fixed', 'lora4']
+)
 def test_training_computes_with_the_numbers_that_a_file_gets(
     params, run_plain, teacher_hidden, mode
 ):
   plan = small_model.make_plan_of(mode)
   student = small_model.init_student(params, plan)
+  # A factor that begins as zeros would say nothing.
+  student = jax.tree_util.tree_map_with_path(
+      lambda path, x: x + 0.01 if path[-1].key == 'lora_b' else x, student
+  )
   in_training = _hidden(small_model.make_model(plan), student)
   exported = small_model.flat(student)
   for path, entry in plan.items():
     stored = small_model.stored(student, path, entry)
-    for part in ('codes', 'scale', 'master'):
+    for part in ('codes', *low_rank.PARTS):
       exported.pop(f'{path}/{part}', None)
     codes = np.asarray(stored.codes, np.float32) - entry[0].zero
     exported[path] = codes * np.repeat(stored.scale, 32, axis=-1)
