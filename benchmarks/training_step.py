@@ -19,6 +19,7 @@ from gemma_qat.model import config as model_config
 from gemma_qat.model import weights
 from gemma_qat.training import job as job_lib
 from gemma_qat.training import settings
+from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
 
 MODES = ('derived', 'learned', 'codes')
@@ -105,7 +106,7 @@ def make_case(a: argparse.Namespace, mode: str | None) -> Case:
   config = sizes(a)
   params = _draw(config)
   plan = student_lib.make_plan(config, s.quant) if mode else {}
-  student = student_lib.init_student(config, params, plan, 'reference')
+  student = starts.init_student(config, params, plan, 'reference')
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   job = job_lib.prepare(
       s, mesh, random_weights.make(config), params, plan, student

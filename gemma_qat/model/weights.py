@@ -115,21 +115,28 @@ def stack(c: model_config.ModelConfig, flat: Mapping[str, Any]) -> dict:
     UserError: a weight is missing, unknown or of the wrong shape (named).
   """
   check(by_layer_specs(c), flat)
-  tree = {name: flat[name] for name in outer_specs(c)}
+  tree = {}
   for path in tree_specs(c):
-    kind, *_ = path.split('/')
-    if kind == 'groups':
-      _, layer, name = path.split('/')
-      first = int(layer.removeprefix('layer_'))
-      tree[path] = np.stack([
-          flat[f'layer_{g * c.pattern + first}/{name}']
-          for g in range(c.num_groups)
-      ])
-    elif kind == 'tail':
-      _, layer, name = path.split('/')
-      i = c.num_groups * c.pattern + int(layer.removeprefix('layer_'))
-      tree[path] = flat[f'layer_{i}/{name}']
+    layers = layer_names(c, path)
+    if path.startswith('groups/'):
+      tree[path] = np.stack([flat[name] for name in layers])
+    else:
+      tree[path] = flat[layers[0]]
   return traverse_util.unflatten_dict(tree, sep='/')
+
+
+def layer_names(c: model_config.ModelConfig, path: str) -> list[str]:
+  """By-layer names of what stands at a path of the tree, in stacked order."""
+  kind, _, rest = path.partition('/')
+  if not rest:
+    return [path]
+  layer, name = rest.split('/')
+  first = int(layer.removeprefix('layer_'))
+  if kind == 'tail':
+    return [f'layer_{c.num_groups * c.pattern + first}/{name}']
+  return [
+      f'layer_{g * c.pattern + first}/{name}' for g in range(c.num_groups)
+  ]
 
 
 def unstack(c: model_config.ModelConfig, tree: Mapping[str, Any]) -> dict:

@@ -13,6 +13,7 @@ from gemma_qat import hosts
 from gemma_qat import losses
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.checkpoints import detect
 from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
@@ -26,6 +27,7 @@ from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import saving
 from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
+from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
 
 
@@ -189,7 +191,7 @@ def abstract(
     UserError: rules or mesh do not fit the model.
   """
   plan = student_lib.make_plan(config, s.quant)
-  student_lib.check_start(plan, s.quant.start)
+  starts.check_start(plan, s.quant.start)
   student = student_lib.abstract_student(config, plan)
   groups = student_lib.groups(student, s.train.rules)
   trained, frozen = student_lib.split(student, groups)
@@ -231,6 +233,10 @@ def start(
     calibrating: Callable[[], list[Mapping[str, Any]]],
 ) -> dict[str, Any]:
   """Makes the student of step 0, reading text where the start needs it."""
+  if s.quant.start not in settings.STARTS:
+    return starts.follow(
+        base.config, params, plan, detect.load(s.quant.start)
+    )
   grams = None
   if s.quant.start != 'reference' or s.quant.fold:
     batches = [b['tokens'] for b in calibrating()]
@@ -248,7 +254,7 @@ def start(
           on_place=lambda path: progress.advance(text=path),
       )
   with metrics.Progress(f'start: {s.quant.start}', len(plan)) as progress:
-    return student_lib.init_student(
+    return starts.init_student(
         base.config, params, plan, s.quant.start, grams,
         on_weight=lambda path: progress.advance(text=path),
     )

@@ -27,6 +27,7 @@ from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import saving
 from gemma_qat.training import settings
 from gemma_qat.training import speed as speed_lib
+from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
 from gemma_qat.training import text as text_lib
 from gemma_qat.training import tracing
@@ -65,7 +66,9 @@ def train(
   plan = student_lib.make_plan(base.config, s.quant)
   _check_mesh(mesh, base.config, plan, s.train)
   # Wrong rules are found now, not after minutes of calibration.
-  student_lib.check_start(plan, s.quant.start)
+  starts.check_start(plan, s.quant.start)
+  if s.quant.start not in settings.STARTS:
+    starts.check_followed(base.config, plan, detect.load(s.quant.start))
   outline = student_lib.outline(base.config, plan)
   student_lib.groups(outline, s.train.rules)
   codes.check(s, outline, plan)

@@ -6,6 +6,7 @@ these frozen values.
 
 import dataclasses
 import functools
+import pathlib
 import sys
 from typing import Mapping, NamedTuple
 
@@ -23,6 +24,8 @@ from gemma_qat.quant import lattice
 from gemma_qat.training import moments
 
 Rules = tuple[tuple[str, str | None], ...]
+# Of codes; anything else is a model to take them from.
+STARTS = ('reference', 'search', 'gptq')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,8 @@ class QuantSettings:
     rules: ordered (regex, format name); None leaves a weight as it is.
     modes: ordered (regex, mode of `quant.lattice`) for the quantized ones.
     start: 'reference' (the format's own rounding), 'search' (block by block,
-      importance-weighted least squares) or 'gptq' (rounding coordinated over
-      a row).
+      importance-weighted least squares), 'gptq' (rounding coordinated over
+      a row), or a model whose codes, scales and gains are taken.
     calibration_tokens: how many training tokens the teacher reads for the
       activation statistics of 'search', 'gptq' and `fold`.
     fold: whether channels are scaled by their activations first, where norms
@@ -255,7 +258,16 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
         'config.quant.bf16_safe_scales restricts the scales of q4_0, which no '
         'rule of config.quant.rules gives: turn it off, or add such a rule.'
     )
-  _choice('config.quant.start', s.start, ('reference', 'search', 'gptq'))
+  if s.start not in STARTS and not pathlib.Path(s.start).exists():
+    raise errors.UserError(
+        f'config.quant.start: {s.start!r} is not one of {", ".join(STARTS)}, '
+        'nor a model that exists.'
+    )
+  if s.start not in STARTS and s.fold:
+    raise errors.UserError(
+        f'config.quant.fold scales channels before codes are found, but '
+        f'config.quant.start={s.start} has found them: set it to False.'
+    )
   _choice('config.quant.straight_through', s.straight_through,
           ('auto', *lattice.STRAIGHT_THROUGH))
   for _, mode in s.modes:

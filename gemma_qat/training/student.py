@@ -5,34 +5,23 @@ by what its mode trains (see `quant.lattice`). The plan says for each of them
 the format and the mode; rules over the leaves say who is trained.
 """
 
-from typing import Any, Callable, Mapping
-import zlib
+from typing import Any, Mapping
 
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gemma_qat import errors
 from gemma_qat import sharding
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights
 from gemma_qat.quant import formats
-from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
 from gemma_qat.quant import low_rank
 from gemma_qat.quant import rules
-from gemma_qat.quant import search
 from gemma_qat.training import settings
 
 Flat = Mapping[str, Any]
-
-# One program for each shape: operation by operation tiny takes a minute.
-_init_node = jax.jit(
-    lattice.init_node, static_argnums=(1, 2, 3),
-    static_argnames=('stacked', 'seed'),
-)
-
 
 def make_plan(config: model_config.ModelConfig, s: settings.QuantSettings):
   """Decides the format and mode of every quantized weight.
@@ -65,54 +54,8 @@ def make_plan(config: model_config.ModelConfig, s: settings.QuantSettings):
   return plan
 
 
-def init_student(
-    config: model_config.ModelConfig,
-    params: Mapping[str, Any],
-    plan,
-    start: str,
-    grams: Flat | None = None,
-    on_weight: Callable[[str], None] = lambda path: None,
-) -> dict:
-  """Makes the student at step 0.
-
-  Args:
-    config: the sizes.
-    params: the teacher's tree, float32.
-    plan: from `make_plan`.
-    start: see `settings.QuantSettings.start`.
-    grams: tree path -> [..., C, C] second moments of the weight's inputs, for
-      the starts that need them; from `calibration.gather_grams`.
-    on_weight: called with each path as it is done.
-
-  Returns:
-    The student's tree.
-  """
-  specs = weights.tree_specs(config)
-  check_start(plan, start)
-  tree = {}
-  for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
-    rules.check_finite(path, leaf)
-    if path not in plan:
-      tree[path] = np.asarray(leaf, np.float32)
-      continue
-    fmt, mode, contraction = plan[path]
-    gram = None if grams is None else grams.get(path)
-    # Of another draw for every weight.
-    more = {
-        'stacked': specs[path].axes[0] == 'layers',
-        'seed': zlib.crc32(path.encode()),
-    }
-    if start != 'reference' and fmt.stored_as == 'q4_0' and gram is not None:
-      codes, scale = _coordinated(leaf, specs[path], gram, start, fmt)
-      tree[path] = _node(leaf, fmt, mode, contraction, codes, scale, more)
-    else:
-      tree[path] = _init_node(leaf, fmt, mode, contraction, **more)
-    on_weight(path)
-  return traverse_util.unflatten_dict(tree, sep='/')
-
-
 def abstract_student(config: model_config.ModelConfig, plan) -> dict:
-  """Returns the shapes of `init_student`'s tree; nothing is computed."""
+  """Returns the shapes of a student's tree; nothing is computed."""
   def node(path, leaf):
     if path not in plan:
       return leaf
@@ -132,20 +75,6 @@ def abstract_flat(config: model_config.ModelConfig) -> dict:
       path: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
       for path, spec in weights.tree_specs(config).items()
   }
-
-
-def check_start(plan, start: str) -> None:
-  """Refuses, before any work, a start that a mode of the plan cannot take.
-
-  Raises:
-    UserError: the start finds scales, a mode derives its own.
-  """
-  if start != 'reference' and any(m == 'derived' for _, m, _ in plan.values()):
-    raise errors.UserError(
-        f"config.quant.start={start} finds scales, but the mode 'derived' "
-        "computes its own from the weights at every step: use the mode "
-        "'learned' or 'codes', or start='reference'."
-    )
 
 
 def outline(config: model_config.ModelConfig, plan) -> dict:
@@ -243,37 +172,3 @@ def shardings(mesh, config: model_config.ModelConfig, flat: Flat) -> dict:
     sharding.check(mesh, path, leaf.shape, axes, block=32 if is_block else 1)
     placed[path] = sharding.named(mesh, axes)
   return placed
-
-
-def _node(weight, fmt, mode, contraction, codes, scale, more):
-  """A node that starts at given codes, whatever its mode trains."""
-  if mode == 'codes':
-    return lattice.init_node(
-        weight, fmt, mode, contraction, scale=scale, codes=codes
-    )
-  # The point nearest to the original weight that rounds to these codes. 0.45
-  # of a step, not 0.5: the first updates should not all flip codes.
-  values = np.asarray(fmt.dequantize(formats.Quantized(codes, scale)))
-  reach = 0.45 * np.repeat(np.abs(scale), fmt.block, axis=-1)
-  master = values + np.clip(weight - values, -reach, reach)
-  return lattice.init_node(
-      master, fmt, mode, contraction, scale=scale, **more
-  )
-
-
-def _coordinated(weight, spec, gram, start, fmt):
-  """Codes and scales from activation statistics, one layer at a time."""
-  stacked = spec.axes[0] == 'layers'
-  rows = np.asarray(weight, np.float32).reshape(
-      (weight.shape[0] if stacked else 1), -1, spec.row_length
-  )
-  codes, scale = [], []
-  for w, g in zip(rows, gram if stacked else [gram], strict=True):
-    if start == 'search':
-      found = search.search_q4_0(w, np.diagonal(g), fmt)
-    else:
-      found = gptq.gptq_q4_0(w, g, format=fmt)
-    codes.append(np.asarray(found.codes))
-    scale.append(np.asarray(found.scale))
-  blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
-  return np.stack(codes).reshape(weight.shape), np.stack(scale).reshape(blocks)

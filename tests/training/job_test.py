@@ -10,6 +10,7 @@ from gemma_qat.commands import config_flags
 from gemma_qat.model import weights
 from gemma_qat.training import job
 from gemma_qat.training import settings
+from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
 
 CONFIG = 'experiments/configs/base.py:tiny'
@@ -25,7 +26,7 @@ def test_abstract_arguments_are_those_of_a_run(overrides):
   base = detect.load('random:tiny')
   params = weights.stack(base.config, checkpoints.dequantized(base))
   plan = student_lib.make_plan(base.config, s.quant)
-  student = student_lib.init_student(base.config, params, plan, 'reference')
+  student = starts.init_student(base.config, params, plan, 'reference')
   real = job.prepare(s, mesh, base, params, plan, student)
   _, described = job.abstract(s, mesh, base.config)
   outline = lambda tree: jax.tree.map(

@@ -332,3 +332,32 @@ def test_a_batch_that_does_not_split_over_the_mesh_is_refused_early(tmp_path):
   with pytest.raises(errors.UserError, match='batch_size.*8 equal parts'):
     loop.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'tokens').exists()
+
+
+def test_a_run_can_start_from_the_file_of_another(
+    make_config, finished, tmp_path
+):
+  export.export(detect.load(finished), tmp_path / 'first.gguf')
+  config = make_config(steps=2, checkpoint_every=1, evaluate_every=2).unlock()
+  config.quant.start = str(tmp_path / 'first.gguf')
+  # Twice, for the second step alone takes a rate of 0.
+  config.optimizer.warmup_steps = 1
+  loop.train(config.lock(), tmp_path / 'second')
+  before = [r['heldout_kl_nats'] for r in metrics.read(finished)
+            if 'heldout_kl_nats' in r]
+  after = metrics.read(tmp_path / 'second')
+  # The files' float32 gains are those that were trained, plus and minus one.
+  assert after[0]['heldout_kl_nats'] == pytest.approx(before[-1], rel=1e-4)
+  np.testing.assert_array_equal(
+      _codes(tmp_path / 'second', 2), _codes(finished, 8)
+  )
+
+
+def test_a_start_in_other_formats_is_refused(
+    make_config, finished, tmp_path
+):
+  config = make_config().unlock()
+  config.quant.start = str(finished)
+  config.quant.rules = (('mlp_up$', 'q8_0'), *config.quant.rules)
+  with pytest.raises(errors.UserError, match='mlp_up as q4_0, but.*q8_0'):
+    loop.train(config.lock(), tmp_path)

@@ -14,6 +14,7 @@ from gemma_qat.model import weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
 from gemma_qat.training import settings
+from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
 
 # Two scanned groups of one (global) layer each: seconds sooner compiled than
@@ -66,7 +67,7 @@ def make_model(plan=None) -> transformer.Transformer:
 
 def init_student(params, plan, start='reference', grams=None) -> dict:
   """Makes the student of step 0."""
-  return student_lib.init_student(CONFIG, params, plan, start, grams)
+  return starts.init_student(CONFIG, params, plan, start, grams)
 
 
 def flat(tree) -> dict:

@@ -1,0 +1,187 @@
+"""Where do a student's codes start?"""
+
+from typing import Any, Callable, Mapping
+import zlib
+
+from flax import traverse_util
+import jax
+import numpy as np
+
+from gemma_qat import errors
+from gemma_qat.checkpoints import checkpoint as checkpoints
+from gemma_qat.model import config as model_config
+from gemma_qat.model import weights
+from gemma_qat.quant import formats
+from gemma_qat.quant import gptq
+from gemma_qat.quant import lattice
+from gemma_qat.quant import rules
+from gemma_qat.quant import search
+
+# One program for each shape: operation by operation tiny takes a minute.
+_init_node = jax.jit(
+    lattice.init_node, static_argnums=(1, 2, 3),
+    static_argnames=('stacked', 'seed'),
+)
+
+
+def init_student(
+    config: model_config.ModelConfig,
+    params: Mapping[str, Any],
+    plan,
+    start: str,
+    grams: Mapping[str, Any] | None = None,
+    on_weight: Callable[[str], None] = lambda path: None,
+) -> dict:
+  """Makes the student at step 0.
+
+  Args:
+    config: the sizes.
+    params: the teacher's tree, float32.
+    plan: from `student.make_plan`.
+    start: see `settings.QuantSettings.start`.
+    grams: tree path -> [..., C, C] second moments of the weight's inputs, for
+      the starts that need them; from `calibration.gather_grams`.
+    on_weight: called with each path as it is done.
+
+  Returns:
+    The student's tree.
+  """
+  specs = weights.tree_specs(config)
+  check_start(plan, start)
+  tree = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+    rules.check_finite(path, leaf)
+    if path not in plan:
+      tree[path] = np.asarray(leaf, np.float32)
+      continue
+    fmt, mode, contraction = plan[path]
+    gram = None if grams is None else grams.get(path)
+    more = _more(path, specs[path])
+    if start != 'reference' and fmt.stored_as == 'q4_0' and gram is not None:
+      codes, scale = _coordinated(leaf, specs[path], gram, start, fmt)
+      tree[path] = _node(leaf, fmt, mode, contraction, codes, scale, more)
+    else:
+      tree[path] = _init_node(leaf, fmt, mode, contraction, **more)
+    on_weight(path)
+  return traverse_util.unflatten_dict(tree, sep='/')
+
+
+def follow(
+    config: model_config.ModelConfig,
+    params: Mapping[str, Any],
+    plan,
+    model: checkpoints.Checkpoint,
+) -> dict:
+  """Makes the student at step 0 from the codes and scales of another model.
+
+  Gains come from there, too: they were trained with these codes. What is not
+  quantized otherwise is the teacher's.
+
+  Args:
+    config: the sizes.
+    params: the teacher's tree, float32.
+    plan: from `student.make_plan`.
+    model: of the same sizes, the same weights in the same formats.
+
+  Raises:
+    UserError: other sizes, or a weight in another format.
+  """
+  check_followed(config, plan, model)
+  specs = weights.tree_specs(config)
+  tree = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
+    stacked = specs[path].axes[0] == 'layers'
+    found = [model.weights[n] for n in weights.layer_names(config, path)]
+    join = np.stack if stacked else (lambda xs: xs[0])
+    if path in plan:
+      fmt, mode, contraction = plan[path]
+      codes, scale = (
+          join([np.asarray(w.quantized[i]) for w in found]) for i in (0, 1)
+      )
+      tree[path] = _node(
+          leaf, fmt, mode, contraction, codes, scale, _more(path, specs[path])
+      )
+    elif specs[path].contraction:
+      tree[path] = np.asarray(leaf, np.float32)
+    else:
+      tree[path] = join([checkpoints.to_float32(w) for w in found])
+  return traverse_util.unflatten_dict(tree, sep='/')
+
+
+def check_followed(config, plan, model) -> None:
+  """Refuses a model that `follow` cannot take, without reading its weights.
+
+  Raises:
+    UserError: see `follow`.
+  """
+  ask = f'config.quant.start={model.source}'
+  sizes = lambda c: [(n, s.shape) for n, s in weights.by_layer_specs(c).items()]
+  if sizes(model.config) != sizes(config):
+    raise errors.UserError(
+        f'{ask} is a {model.config.variant} of other sizes than '
+        'config.model.checkpoint: take a model that was made from it.'
+    )
+  for path, (fmt, _, _) in plan.items():
+    for name in weights.layer_names(config, path):
+      found = model.weights.entries[name].format
+      if found != fmt.stored_as:
+        raise errors.UserError(
+            f'{ask} holds {name} as {model.weights.entries[name].type}, but '
+            f'config.quant.rules asks for {fmt.stored_as}: take another file, '
+            'or the same rules.'
+        )
+
+
+def check_start(plan, start: str) -> None:
+  """Refuses, before any work, a start that a mode of the plan cannot take.
+
+  Raises:
+    UserError: the start finds scales, a mode derives its own.
+  """
+  if start != 'reference' and any(m == 'derived' for _, m, _ in plan.values()):
+    raise errors.UserError(
+        f"config.quant.start={start} finds scales, but the mode 'derived' "
+        "computes its own from the weights at every step: use the mode "
+        "'learned' or 'codes', or start='reference'."
+    )
+
+
+def _more(path, spec):
+  """What `init_node` wants to know beside: every weight has another draw."""
+  return {
+      'stacked': spec.axes[0] == 'layers', 'seed': zlib.crc32(path.encode())
+  }
+
+
+def _node(weight, fmt, mode, contraction, codes, scale, more):
+  """A node that starts at given codes, whatever its mode trains."""
+  if mode == 'codes':
+    return lattice.init_node(
+        weight, fmt, mode, contraction, scale=scale, codes=codes
+    )
+  # The point nearest to the original weight that rounds to these codes. 0.45
+  # of a step, not 0.5: the first updates should not all flip codes.
+  values = np.asarray(fmt.dequantize(formats.Quantized(codes, scale)))
+  reach = 0.45 * np.repeat(np.abs(scale), fmt.block, axis=-1)
+  master = values + np.clip(weight - values, -reach, reach)
+  return lattice.init_node(
+      master, fmt, mode, contraction, scale=scale, **more
+  )
+
+
+def _coordinated(weight, spec, gram, start, fmt):
+  """Codes and scales from activation statistics, one layer at a time."""
+  stacked = spec.axes[0] == 'layers'
+  rows = np.asarray(weight, np.float32).reshape(
+      (weight.shape[0] if stacked else 1), -1, spec.row_length
+  )
+  codes, scale = [], []
+  for w, g in zip(rows, gram if stacked else [gram], strict=True):
+    if start == 'search':
+      found = search.search_q4_0(w, np.diagonal(g), fmt)
+    else:
+      found = gptq.gptq_q4_0(w, g, format=fmt)
+    codes.append(np.asarray(found.codes))
+    scale.append(np.asarray(found.scale))
+  blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
+  return np.stack(codes).reshape(weight.shape), np.stack(scale).reshape(blocks)
