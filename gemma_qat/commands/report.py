@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     )
   write(found, to)
   unfinished = sum(p.report is None for p in found)
-  print(f'{len(found)} runs, {unfinished} of them not finished.\n'
+  print(f'Runs: {len(found)}, of which not finished: {unfinished}.\n'
         f'The report: {to / comparison.MARKDOWN}\n'
         f'The page:   {to / comparison.PAGE}')
   return 0

@@ -47,8 +47,10 @@ def ended(name: str, folder: pathlib.Path, exit_code: int) -> str:
       for k in ('first', 'last')
   )
   ppl, kld = (
-      tables.percent(points_lib.figure(point, f'recovered_{k}'))
-      for k in ('ppl', 'kld')
+      'an undefined share' if share is None else tables.percent(share)
+      for share in (
+          points_lib.figure(point, f'recovered_{k}') for k in ('ppl', 'kld')
+      )
   )
   seconds = points_lib.figure(point, 'seconds')
   return (

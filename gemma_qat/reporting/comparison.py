@@ -67,7 +67,7 @@ def make(groups: Sequence[points_lib.Group]) -> Comparison:
   runs = 'one run' if count == 1 else f'{count} runs'
   return Comparison(
       title=f'Side by side: {runs}'
-      + (f', {len(finished)} configs' if len(finished) != count else ''),
+      + (f' of {len(finished)} configs' if len(finished) != count else ''),
       summary=_summary(finished),
       results=Table(
           ('point', 'changes', 'n', *(c.heading for c in _COLUMNS), 'device'),
@@ -97,14 +97,24 @@ def render_markdown(
   c = comparison
   parts = [f'# {c.title}', c.summary]
   if c.results.rows:
-    parts += ['## Results', markdown.table(*c.results)]
+    parts += ['## Results', _table(c.results)]
   for name, file in (plots or {}).items():
     parts.append(f'![{CAPTIONS[name]}]({file})')
   if c.unfinished.rows:
-    parts += ['## Not finished', markdown.table(*c.unfinished)]
+    parts += ['## Not finished', _table(c.unfinished)]
   if c.notes:
     parts += ['## How to read this', '\n'.join(f'- {n}' for n in c.notes)]
   return '\n\n'.join([*parts, '## Terms', c.terms]) + '\n'
+
+
+def _table(table):
+  """As Markdown; changes as code, for a regex is full of its marks."""
+  code = lambda text: text if text == tables.ABSENT else f'`{text}`'
+  return markdown.table(table.columns, [
+      [code(cell) if column == 'changes' else cell
+       for column, cell in zip(table.columns, row)]
+      for row in table.rows
+  ])
 
 
 class _Column(NamedTuple):
@@ -128,19 +138,20 @@ def _share(value, beside=None):
   return text if beside is None else text.removesuffix(' %')
 
 
+# What matters most first: a screen does not show them all.
 _COLUMNS = (
+    _Column('KLD won back', 'recovered_kld', _share),
+    _Column('PPL won back', 'recovered_ppl', _share),
+    _Column('KLD QAT', 'kld.qat', _plain(tables.nats)),
+    _Column('PPL QAT', 'ppl.qat', tables.perplexity),
+    _Column('top-1 QAT', 'top1.qat', _share),
+    _Column('held-out KL, last', 'heldout.last', _plain(tables.nats)),
+    _Column('held-out KL, step 0', 'heldout.first', _plain(tables.nats)),
+    _Column('KLD PTQ', 'kld.ptq', _plain(tables.nats)),
+    _Column('PPL PTQ', 'ppl.ptq', tables.perplexity),
+    _Column('top-1 PTQ', 'top1.ptq', _share),
     _Column('steps', 'steps', _count),
     _Column('tokens', 'tokens', _count),
-    _Column('held-out KL, step 0', 'heldout.first', _plain(tables.nats)),
-    _Column('held-out KL, last', 'heldout.last', _plain(tables.nats)),
-    _Column('PPL PTQ', 'ppl.ptq', tables.perplexity),
-    _Column('PPL QAT', 'ppl.qat', tables.perplexity),
-    _Column('KLD PTQ', 'kld.ptq', _plain(tables.nats)),
-    _Column('KLD QAT', 'kld.qat', _plain(tables.nats)),
-    _Column('top-1 PTQ', 'top1.ptq', _share),
-    _Column('top-1 QAT', 'top1.qat', _share),
-    _Column('PPL won back', 'recovered_ppl', _share),
-    _Column('KLD won back', 'recovered_kld', _share),
     _Column('seconds', 'seconds', _count),
     _Column('MB', 'bytes.qat', _plain(tables.megabytes)),
 )

@@ -14,7 +14,7 @@ from gemma_qat.reporting import points as points_lib
 # would swallow; beyond it the lines are dashed.
 _COLORS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 _LINES = ('-', '--', ':', '-.')
-_MARKERS = 'osD^vP*X'
+_MARKERS = 'osD^vP*h'
 _PTQ = '#7f7f7f'
 
 
@@ -67,17 +67,15 @@ def plot_size(
     size, kl, ptq = (
         points_lib.mean(group, k) for k in ('bytes.qat', 'kld.qat', 'kld.ptq')
     )
-    marker = _MARKERS[i % len(_MARKERS)]
     axes.errorbar(
         size[0] / 1e6, kl[0], yerr=kl[1] or None, color=_style(i)[0],
-        marker=marker, markersize=9, capsize=4, linestyle='none',
+        marker=_MARKERS[i % len(_MARKERS)], markersize=9, capsize=4, linestyle='none',
         label=_label(group),
     )
     axes.plot(
         points_lib.mean(group, 'bytes.ptq')[0] / 1e6, ptq[0], color=_PTQ,
-        marker=marker, markersize=9, markerfacecolor='none', linestyle='none',
-        # Once in the legend: their shapes are those of the trained files.
-        label='PTQ of the same formats' if i == len(groups) - 1 else None,
+        marker='x', markersize=8, linestyle='none',
+        label='PTQ of the same formats' if i == 0 else None,  # Once.
     )
     everything += [kl[0], ptq[0]]
   plots.log_axis(axes, [x for x in everything if x > 0])

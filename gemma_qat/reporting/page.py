@@ -26,20 +26,20 @@ table { border-collapse: collapse; font-size: .875rem;
 th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 thead th { background: var(--soft); vertical-align: bottom;
-  white-space: normal; min-width: 3.5rem; }
+  white-space: normal; min-width: 4.5rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 tr > :first-child { position: sticky; left: 0; text-align: left;
   background: Canvas; white-space: normal; overflow-wrap: anywhere;
   min-width: 5rem; max-width: 9rem; }
 thead tr > :first-child { background: var(--soft); }
-td.words { text-align: left; white-space: normal; min-width: 11rem;
-  overflow-wrap: anywhere; }
+th.words, td.words { text-align: left; white-space: normal; }
+td.words { min-width: 11rem; overflow-wrap: anywhere; }
 figure { margin: 1.5rem 0; }
 img { background: #fff; border-radius: .4rem; height: auto; max-width: 100%; }
 figcaption { font-size: .875rem; }
 """
 # Columns that hold words, not figures.
-_WORDS = ('changes', 'state')
+_WORDS = ('changes', 'state', 'device')
 
 
 def render(
@@ -87,14 +87,15 @@ def render(
 
 def _table(name, table):
   e = html.escape
-  words = [c in _WORDS for c in table.columns]
-  head = ''.join(f'<th scope="col">{e(c)}</th>' for c in table.columns)
+  kinds = [' class="words"' if c in _WORDS else '' for c in table.columns]
+  head = ''.join(
+      f'<th scope="col"{kind}>{e(c)}</th>'
+      for c, kind in zip(table.columns, kinds)
+  )
   lines = []
   for first, *rest in table.rows:
     cells = ''.join(
-        f'<td class="words">{e(cell)}</td>' if is_words
-        else f'<td>{e(cell)}</td>'
-        for cell, is_words in zip(rest, words[1:])
+        f'<td{kind}>{e(cell)}</td>' for cell, kind in zip(rest, kinds[1:])
     )
     lines.append(f'<tr><th scope="row">{e(first)}</th>{cells}</tr>')
   rows = '\n'.join(lines)

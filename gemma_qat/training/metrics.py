@@ -133,7 +133,5 @@ class Progress:
     if gone:
       seconds = (self._total - self._done) * (now - self._start) / gone
       left = f'{seconds:.0f} s left'
-    print(
-        f'{self._title} {self._done}/{self._total} {text} {left}'.rstrip(),
-        file=sys.stderr, flush=True,
-    )
+    said = (f'{self._title} {self._done}/{self._total}', text, left)
+    print(' '.join(filter(None, said)), file=sys.stderr, flush=True)
