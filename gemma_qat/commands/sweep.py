@@ -80,6 +80,7 @@ def _check(a):
     raise errors.UserError(
         '--cluster_options goes with --executor=slurm (or local).'
     )
+  sweep_cluster.options(a.cluster_options)  # Read now, before any work.
 
 
 def _do(a, point):

@@ -89,11 +89,8 @@ def _submit(jobs, parallel, executor, parameters, folder):
     made = submitit.AutoExecutor(folder=folder, cluster=executor)
     made.update_parameters(**parameters)
     found = made.map_array(_work, jobs)
-  # NameError is what submitit calls an unknown parameter.
-  except (
-      RuntimeError, ValueError, NameError, TypeError, OSError,
-      submitit.core.utils.FailedJobError,
-  ) as error:
+  # It says what it does not take by NameError, AssertionError and others.
+  except Exception as error:
     raise errors.UserError(
         f'--executor={executor}: submitit says: {error}'
     ) from error

@@ -78,11 +78,12 @@ def read(path: str, overrides: Sequence[str] = ()) -> list[Point]:
 
   def add(name, changes=None, /, **fields):
     _check_name(name, points)
-    with errors.about(f'--config={path}, point {name!r}'):
+    with errors.about(f'point {name!r}'):
       points[name] = _make(name, changes, fields, config)
 
   try:
-    sweep(add)
+    with errors.about(f'--config={path}'):
+      sweep(add)
   except errors.UserError:
     raise
   # As in `config_flags.load`: a config is Python.
@@ -128,7 +129,9 @@ def state(point: Point, folder: pathlib.Path) -> State:
     if not workdirs.is_begun(folder, point.config):
       return State(NEW, NEW)
   except errors.UserError as error:
-    return State(REFUSED, str(error))
+    return State(
+        REFUSED, f'{error} To begin this point anew, remove {folder}.'
+    )
   if (folder / reporting.JSON).is_file():
     return State(FINISHED, FINISHED)
   step = saving.latest(folder)

@@ -75,7 +75,8 @@ def plot_size(
     axes.plot(
         points_lib.mean(group, 'bytes.ptq')[0] / 1e6, ptq[0], color=_PTQ,
         marker='x', markersize=8, linestyle='none',
-        label='PTQ of the same formats' if i == 0 else None,  # Once.
+        # Once in the legend.
+        label='PTQ of the same formats' if i == 0 else None,
     )
     everything += [kl[0], ptq[0]]
   plots.log_axis(axes, [x for x in everything if x > 0])

@@ -77,7 +77,8 @@ def make_point(
   """
   if report is not None:
     _check(report)
-  a_step = config.get('train.batch_size', 1) * config.get('train.length', 1)
+  sizes = [config.get(f'train.{k}') for k in ('batch_size', 'length')]
+  a_step = math.prod(n for n in sizes if _is_number(n))
   heldout = tuple(
       (row['step'] * a_step, row['heldout_kl_nats']) for row in rows
       if isinstance(row, dict) and _is_number(row.get('step'))
@@ -170,7 +171,7 @@ def _shared_name(names):
   if len(names) == 1:
     return names[0]
   start = os.path.commonprefix(names).rstrip('-_.+=')
-  return start.removesuffix('seed').rstrip('-_.+=') or names[0]
+  return start.removesuffix('seed').rstrip('-_.+=') or start or names[0]
 
 
 def _check(report):

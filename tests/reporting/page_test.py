@@ -49,11 +49,12 @@ def test_tags_nest_and_every_cell_stands_in_the_table():
   assert text.startswith('<!DOCTYPE html>')
   assert read.all('html') == [{'lang': 'en'}]
   assert len(read.all('title')) == len(read.all('h1')) == 1
-  cells = [c for t in (made.results, made.unfinished) for r in t.rows for c in r]
-  assert set(cells) <= set(read.texts)
-  assert len(read.all('td')) + len(read.all('th')) == len(cells) + sum(
-      len(t.columns) for t in (made.results, made.unfinished)
-  )
+  rows = [
+      row for table in (made.results, made.unfinished)
+      for row in (table.columns, *table.rows)
+  ]
+  assert {cell for row in rows for cell in row} <= set(read.texts)
+  assert len(read.all('td')) + len(read.all('th')) == sum(map(len, rows))
 
 
 def test_pictures_lie_in_the_page_with_a_text_in_their_place():

@@ -64,6 +64,17 @@ def test_changes_are_written_with_rules_and_a_dash_for_none():
   assert points.say_changes({}) == '-'
 
 
+@pytest.mark.parametrize('names, shared', [
+    (('lr-0', 'lr-1'), 'lr'), (('lr-seed0', 'lr-seed1'), 'lr'),
+    (('seed0', 'seed1'), 'seed'), (('a', 'b'), 'a'),
+])
+def test_a_group_is_called_what_its_runs_share(names, shared):
+  (group,) = points.group([
+      sample_points.point(n, seed=i) for i, n in enumerate(names)
+  ])
+  assert group.name == shared
+
+
 def test_equal_names_of_groups_fall_back_to_the_first_run():
   groups = points.group([
       sample_points.point('x-0', seed=0, quant__start='search'),

@@ -24,7 +24,9 @@ def point(name, kld=0.15, factor=1.0, is_finished=True, **changes):
       for r in sample.rows()
   ]
   if not is_finished:
-    return points.make_point(name, config, rows[:41], None, 'stopped at step 40')
+    return points.make_point(
+        name, config, rows[:41], None, 'stopped at step 40'
+    )
   return points.make_point(name, config, rows, report(kld), 'finished')
 
 
