@@ -20,7 +20,7 @@ from gemma_qat import errors
 
 _GPUS = 'CUDA_VISIBLE_DEVICES'
 # Seconds between two looks at what runs.
-_TICK = 0.2
+_TICK = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import pathlib
+import signal
 
 from gemma_qat import errors
 from gemma_qat.commands import run_folders
@@ -36,10 +37,12 @@ def listing(
 def ended(name: str, folder: pathlib.Path, exit_code: int) -> str:
   """Says in a line what came of a point."""
   if exit_code:
-    word = (
-        'stopped' if exit_code == errors.Stopped.exit_code
-        else f'failed with exit code {exit_code}'
-    )
+    word = f'failed with exit code {exit_code}'
+    if exit_code == errors.Stopped.exit_code:
+      word = 'stopped'
+    elif exit_code < 0:
+      # SIGKILL is what Linux sends where memory has run out.
+      word = f'ended by {signal.Signals(-exit_code).name}'
     return f'{name}: {word}, see {folder / run_folders.LOG}'
   point = run_folders.read(folder, name)
   first, last = (
@@ -47,15 +50,13 @@ def ended(name: str, folder: pathlib.Path, exit_code: int) -> str:
       for k in ('first', 'last')
   )
   ppl, kld = (
-      'an undefined share' if share is None else tables.percent(share)
-      for share in (
-          points_lib.figure(point, f'recovered_{k}') for k in ('ppl', 'kld')
-      )
+      tables.percent(points_lib.figure(point, f'recovered_{k}'))
+      for k in ('ppl', 'kld')
   )
   seconds = points_lib.figure(point, 'seconds')
   return (
-      f'{name}: held-out KL {first} -> {last} nats; won back {ppl} of the '
-      f'perplexity, {kld} of the KL divergence; {seconds:,.0f} s'
+      f'{name}: held-out KL {first} -> {last} nats; won back: perplexity '
+      f'{ppl}, KL divergence {kld}; {seconds:,.0f} s'
   )
 
 

@@ -4,10 +4,11 @@
 them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from gemma_qat.reporting import comparison_columns as columns
 from gemma_qat.reporting import markdown
 from gemma_qat.reporting import points as points_lib
 from gemma_qat.reporting import tables
@@ -70,7 +71,7 @@ def make(groups: Sequence[points_lib.Group]) -> Comparison:
       + (f' of {len(finished)} configs' if len(finished) != count else ''),
       summary=_summary(finished),
       results=Table(
-          ('point', 'changes', 'n', *(c.heading for c in _COLUMNS), 'device'),
+          ('point', 'changes', 'n', *(c.heading for c in columns.COLUMNS), 'device'),
           [_row(g) for g in finished],
       ),
       unfinished=Table(
@@ -117,66 +118,22 @@ def _table(table):
   ])
 
 
-class _Column(NamedTuple):
-  heading: str
-  path: str
-  # (mean) and (spread, mean) -> text.
-  write: Callable[..., str]
-
-
-def _plain(write):
-  return lambda value, beside=None: write(value)
-
-
-def _count(value, beside=None):
-  del beside
-  return f'{value:,.0f}'
-
-
-def _share(value, beside=None):
-  text = tables.percent(value)
-  return text if beside is None else text.removesuffix(' %')
-
-
-# What matters most first: a screen does not show them all.
-_COLUMNS = (
-    _Column('KLD won back', 'recovered_kld', _share),
-    _Column('PPL won back', 'recovered_ppl', _share),
-    _Column('KLD QAT', 'kld.qat', _plain(tables.nats)),
-    _Column('PPL QAT', 'ppl.qat', tables.perplexity),
-    _Column('top-1 QAT', 'top1.qat', _share),
-    _Column('held-out KL, last', 'heldout.last', _plain(tables.nats)),
-    _Column('held-out KL, step 0', 'heldout.first', _plain(tables.nats)),
-    _Column('KLD PTQ', 'kld.ptq', _plain(tables.nats)),
-    _Column('PPL PTQ', 'ppl.ptq', tables.perplexity),
-    _Column('top-1 PTQ', 'top1.ptq', _share),
-    _Column('steps', 'steps', _count),
-    _Column('tokens', 'tokens', _count),
-    _Column('seconds', 'seconds', _count),
-    _Column('MB', 'bytes.qat', _plain(tables.megabytes)),
-)
-
-
 def _row(group):
   devices = dict.fromkeys(p.report['device'] for p in group.points)
   return (
       group.name, points_lib.say_changes(group.changes), str(len(group.points)),
-      *(_cell(group, column) for column in _COLUMNS), ', '.join(devices),
+      *(columns.cell(group, c) for c in columns.COLUMNS), ', '.join(devices),
   )
-
-
-def _cell(group, column):
-  mean, spread = points_lib.mean(group, column.path)
-  if mean is None:
-    return tables.ABSENT
-  if not spread:  # One run, or the same figure in all.
-    return column.write(mean)
-  return f'{column.write(mean)} ± {column.write(spread, mean)}'
 
 
 def _summary(finished):
   if not finished:
     return 'No run is finished yet.'
+  if len(_ways(finished)) > 1:
+    return (
+        f'{_model(finished)}. The runs were not all measured in the same way, '
+        'so none is called the closest to its base.'
+    )
   kld = lambda g: points_lib.mean(g, 'kld.qat')
   best, *others = sorted(finished, key=lambda g: kld(g)[0])
   text = (
@@ -208,7 +165,7 @@ def _notes(finished):
   reports = [(p.name, p.report) for g in finished for p in g.points]
   if not reports:
     return []
-  notes = _measured(reports)
+  notes = _measured(finished)
   errors = [r['kld_stderr']['qat'] for _, r in reports]
   notes.append(
       'A figure with ± is the mean over n seeds and their standard deviation '
@@ -229,17 +186,9 @@ def _notes(finished):
   return notes
 
 
-def _measured(reports):
+def _measured(finished):
   """How it was measured; a warning where that was not the same for all."""
-  def say(r: Mapping[str, Any]) -> str:
-    return (
-        f'by {r["engine"]} on {r["text"]}, {r["chunks"]} chunks of '
-        f'{r["context"]} tokens ({r["tokens_scored"]:,} scored); base: '
-        f'{r["base"]}, perplexity {tables.perplexity(r["ppl"]["base"])}'
-    )
-  ways = {}
-  for name, report in reports:
-    ways.setdefault(say(report), []).append(name)
+  ways = _ways(finished)
   if len(ways) == 1:
     return [f'Measured {next(iter(ways))}.']
   return [
@@ -247,3 +196,17 @@ def _measured(reports):
       'one line of these.',
       *(f'{", ".join(names)}: measured {way}.' for way, names in ways.items()),
   ]
+
+
+def _ways(finished):
+  """Ways of measuring -> names of the runs."""
+  ways = {}
+  for point in (p for g in finished for p in g.points):
+    r = point.report
+    way = (
+        f'by {r["engine"]} on {r["text"]}, {r["chunks"]} chunks of '
+        f'{r["context"]} tokens ({r["tokens_scored"]:,} scored); base: '
+        f'{r["base"]}, perplexity {tables.perplexity(r["ppl"]["base"])}'
+    )
+    ways.setdefault(way, []).append(point.name)
+  return ways

@@ -1,6 +1,8 @@
 """Do submitit's jobs run our commands, and are its refusals one line?"""
 
+import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -12,14 +14,17 @@ from gemma_qat.commands import sweep_jobs
 pytest.importorskip('submitit')
 
 
-def _run(tmp_path, executor, parameters, programs=('print("fine")',)):
+def _run(
+    tmp_path, executor, parameters, programs=('print("fine")',),
+    on_wait=lambda names: None,
+):
   jobs = [
       sweep_jobs.Job(f'p{i}', (sys.executable, '-c', p), tmp_path / f'{i}.txt')
       for i, p in enumerate(programs)
   ]
   with sweep_jobs.StopSignal() as stop:
     return jobs, dict(sweep_cluster.run(
-        jobs, 0, stop, lambda names: None, executor, parameters,
+        jobs, 0, stop, on_wait, executor, parameters,
         tmp_path / 'submitted',
     ))
 
@@ -32,6 +37,25 @@ def test_jobs_run_and_their_exit_codes_come_back(tmp_path, executor):
   )
   assert codes == {'p0': 0, 'p1': 3}
   assert jobs[0].log.read_text().endswith('\nfine\n')
+
+
+def test_a_stop_cancels_the_jobs_which_hear_of_it(tmp_path):
+  program = (
+      'import signal, sys, time\n'
+      'signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved"))\n'
+      'print("ready", flush=True)\n'
+      'time.sleep(60)'
+  )
+  log = tmp_path / '0.txt'
+
+  def on_wait(names):
+    del names
+    if log.exists() and log.read_text().endswith('\nready\n'):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  _, codes = _run(tmp_path, 'local', {}, (program,), on_wait)
+  assert codes['p0'] != 0
+  assert log.read_text().endswith('\nsaved\n')
 
 
 @pytest.mark.parametrize('parameters', [

@@ -20,7 +20,7 @@ from experiments.configs import gemma3_270m_cpu
 
 def get_config(variant=''):
   c = gemma3_270m_cpu.get_config(variant).unlock()
-  c.train.steps = 20
+  c.train.steps = 12
   c.train.checkpoint_every = c.train.log_every = 1
   return c.lock()
 
@@ -66,13 +66,13 @@ def stopped(arguments, workdir):
       stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
   )
   rows = workdir / 'seed0' / 'metrics.jsonl'
-  end = time.monotonic() + 120
+  end = time.monotonic() + 300
   while process.poll() is None and time.monotonic() < end:
     if rows.exists() and 'kl_nats": ' in rows.read_text().split('\n')[-2:][0]:
       process.send_signal(signal.SIGTERM)
       break
     time.sleep(0.02)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=120)
   return process.returncode, err, _say([*arguments, '--list'])[1]
 
 
@@ -102,7 +102,7 @@ def test_the_stopped_point_went_on_and_lost_no_step(gone_on, workdir):
   rows = [
       json.loads(x) for x in (workdir / 'seed0' / 'metrics.jsonl').open()
   ]
-  assert [r['step'] for r in rows] == list(range(21))
+  assert [r['step'] for r in rows] == list(range(13))
 
 
 def test_one_failing_point_does_not_end_the_others(gone_on, workdir):

@@ -63,6 +63,7 @@ def test_other_chunks_devices_and_revisions_are_remarked_upon():
   second = points.make_point(
       'b', first.config | {'quant.start': 'search'}, [], changed, 'finished'
   )
+  assert 'not all measured in the same way' in _make([first, second]).summary
   notes = ' '.join(_make([first, second]).notes)
   assert 'Not all runs were measured in the same way' in notes
   assert 'b: measured by' in notes and '8 chunks' in notes
