@@ -93,7 +93,7 @@ def results(
 def reason(folder: pathlib.Path, state: sweep_points.State) -> str:
   """Says in a line why a point is not finished, and where to look."""
   if state.kind == sweep_points.REFUSED:
-    return state.text
+    return 'it was begun with another config, as said above.'
   log = folder / run_folders.LOG
   lines = []
   if log.is_file():

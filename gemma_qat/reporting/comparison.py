@@ -71,7 +71,10 @@ def make(groups: Sequence[points_lib.Group]) -> Comparison:
       + (f' of {len(finished)} configs' if len(finished) != count else ''),
       summary=_summary(finished),
       results=Table(
-          ('point', 'changes', 'n', *(c.heading for c in columns.COLUMNS), 'device'),
+          (
+              'point', 'changes', 'n', *(c.heading for c in columns.COLUMNS),
+              'device',
+          ),
           [_row(g) for g in finished],
       ),
       unfinished=Table(

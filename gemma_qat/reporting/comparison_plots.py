@@ -69,8 +69,8 @@ def plot_size(
     )
     axes.errorbar(
         size[0] / 1e6, kl[0], yerr=kl[1] or None, color=_style(i)[0],
-        marker=_MARKERS[i % len(_MARKERS)], markersize=9, capsize=4, linestyle='none',
-        label=_label(group),
+        marker=_MARKERS[i % len(_MARKERS)], markersize=9, capsize=4,
+        linestyle='none', label=_label(group),
     )
     axes.plot(
         points_lib.mean(group, 'bytes.ptq')[0] / 1e6, ptq[0], color=_PTQ,
