@@ -10,6 +10,8 @@ from gemma_qat import errors
 COMMANDS = {
     'run': 'train, export, evaluate and report: the main job',
     'train': 'train alone; goes on by itself where it was stopped',
+    'sweep': 'the same job at every point of a config, side by side',
+    'report': 'set finished runs side by side: tables, plots, a page',
     'export': 'write a trained checkpoint for a runtime, numbers as trained',
     'convert': 'write any model in another layout',
     'quantize': 'write a GGUF without training (PTQ, the baseline)',
@@ -20,9 +22,6 @@ COMMANDS = {
     'inspect': 'what is in a model file: sizes, formats, metadata',
 }
 
-# As of BSD's sysexits.h: temporary failure, the same command can go on.
-STOPPED = 75
-
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code.
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
   """
   if argv is None:
     argv = sys.argv[1:]
-    if argv and argv[0] in ('run', 'train'):
+    if argv and argv[0] in ('run', 'train', 'sweep'):
       _ask_for_huge_pages()
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_usage())
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   except errors.Stopped as error:
     print(f'gemma-qat {name}: {error}', file=sys.stderr)
-    return STOPPED
+    return error.exit_code
   except BrokenPipeError:
     # `gemma-qat inspect ... | head`: nobody reads on, which is no mistake.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,6 +31,9 @@ class UserError(Exception):
 class Stopped(Exception):
   """A run that was asked to stop, saved itself and can go on."""
 
+  # As of BSD's sysexits.h: temporary failure, the same command can go on.
+  exit_code = 75
+
 
 @contextlib.contextmanager
 def about(source: str | os.PathLike) -> Iterator[None]:

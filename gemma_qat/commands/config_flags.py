@@ -1,12 +1,13 @@
 """How does `--config=FILE.py:variant --config.a.b=value` become a config?"""
 
 import argparse
+from collections.abc import Callable, Sequence
 import contextlib
+import importlib.util
 import io
 import pathlib
 import re
 import sys
-from typing import Sequence
 
 from absl import flags
 import ml_collections
@@ -36,6 +37,21 @@ def parse(
     UserError: no config, one that cannot be read, an unknown field, or a value
       of the wrong type.
   """
+  arguments, overrides = split(parser, argv)
+  return arguments, load(arguments.config, overrides)
+
+
+def split(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+  """Parses a command line as `parse` does, but reads no config yet.
+
+  Returns:
+    (arguments, `config` among them; the '--config.FIELD=VALUE' overrides).
+
+  Raises:
+    UserError: no config, or a flag that nobody understands.
+  """
   parser.add_argument('--config', metavar='FILE.py[:VARIANT]', help=HELP)
   arguments, rest = parser.parse_known_args(argv)
   if not arguments.config:
@@ -46,17 +62,12 @@ def parse(
   unknown = [a for a in rest if not a.startswith('--config.')]
   if unknown:
     raise errors.UserError(f'{unknown[0]} is not understood: see --help.')
-  return arguments, load(arguments.config, rest)
+  return arguments, rest
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   """Reads a config file and applies '--config.FIELD=VALUE' overrides."""
-  file = pathlib.Path(path.split(':')[0])
-  if not file.is_file():
-    raise errors.UserError(
-        f'--config={path}: {file} does not exist; the configs lie in '
-        'experiments/configs/.'
-    )
+  file = _file(path)
   argv = ['gemma-qat', f'--config={path}', *overrides]
   values = flags.FlagValues()
   config_flags.DEFINE_config_file(
@@ -71,6 +82,37 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     # A config is Python: whatever it raises is a mistake in what was given.
     except Exception as error:
       raise errors.UserError(f'--config={path}: {_reason(error)}') from error
+
+
+def read_function(path: str, name: str) -> Callable | None:
+  """Finds a function that a config file defines beside `get_config`.
+
+  Returns:
+    The function; None where the file has none of this name.
+
+  Raises:
+    UserError: the file does not exist or cannot be executed.
+  """
+  file = _file(path)
+  spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  with _importable(file):
+    try:
+      spec.loader.exec_module(module)
+    # As in `load`.
+    except Exception as error:
+      raise errors.UserError(f'--config={path}: {_reason(error)}') from error
+  return getattr(module, name, None)
+
+
+def _file(path):
+  file = pathlib.Path(path.split(':')[0])
+  if not file.is_file():
+    raise errors.UserError(
+        f'--config={path}: {file} does not exist; the configs lie in '
+        'experiments/configs/.'
+    )
+  return file
 
 
 def _reason(error: Exception) -> str:

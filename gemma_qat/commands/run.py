@@ -35,11 +35,18 @@ def main(argv: list[str]) -> int:
   job_flags.add(parser)
   arguments, config = config_flags.parse(parser, argv)
   job_flags.apply(arguments)
-  found = run(config, arguments.workdir, arguments.profile)
+  run_and_say(config, arguments.workdir, arguments.profile)
+  return 0
+
+
+def run_and_say(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, profile: int = 0
+) -> None:
+  """Does the main job as `run`; prints the result and where it lies."""
+  found = run(config, workdir, profile)
   if found is None:
-    return 0
+    return
   report, fidelities = found
-  workdir = arguments.workdir
   sizes = {n: report['bytes'].get(k) for n, k in
            (('base', 'base_bf16'), ('ptq', 'ptq'), ('qat', 'qat'))}
   print(tables.render_table((n, sizes[n], f) for n, f in fidelities.items()))
@@ -53,7 +60,6 @@ def main(argv: list[str]) -> int:
       f'Checkpoints, metrics:   {workdir / "checkpoints"}, '
       f'{workdir / metrics.FILE}, {workdir / "events"} (TensorBoard)'
   )
-  return 0
 
 
 def run(

@@ -1,6 +1,6 @@
 """How is a report said in words?"""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gemma_qat.reporting import tables
@@ -47,6 +47,19 @@ def render_markdown(
   return '\n\n'.join(part for part in parts if part) + '\n'
 
 
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:
+  """Sets texts as a table; the first column is aligned to the left."""
+  line = lambda cells: '| ' + ' | '.join(
+      str(cell).replace('|', r'\|') for cell in cells
+  ) + ' |'
+  rule = '|' + '|'.join(['---'] + ['---:'] * (len(header) - 1)) + '|'
+  if not any(header):
+    rule = '|---|---|'
+  return '\n'.join([line(header), rule, *map(line, rows)])
+
+
 def _summary(report):
   return (
       f'{report["model"]} was prepared for the 4-bit format Q4_0 by '
@@ -70,7 +83,7 @@ def _fidelity_table(report, sizes=None):
     size = () if sizes is None else (tables.megabytes(sizes[_SIZES[key]]),)
     rows.append((name, *size, *figures))
   columns = tables.COLUMNS if sizes is not None else tables.COLUMNS[1:]
-  return _table(('model', *columns), rows)
+  return table(('model', *columns), rows)
 
 
 def _recovered(figures):
@@ -129,7 +142,7 @@ def _training_table(report):
       for phase, value in report['seconds_by_phase'].items()
   )
   total = f'{report["seconds"]:,.0f}'
-  return _table(('', ''), [
+  return table(('', ''), [
       ('steps', f'{report["steps"]:,}'),
       ('tokens', f'{report["tokens"]:,}'),
       ('seconds', f'{total} ({seconds})' if seconds else total),
@@ -142,13 +155,3 @@ def _training_table(report):
       ('config', report['config']),
       ('git', report['git']),
   ])
-
-
-def _table(header, rows):
-  line = lambda cells: '| ' + ' | '.join(
-      str(cell).replace('|', r'\|') for cell in cells
-  ) + ' |'
-  rule = '|' + '|'.join(['---'] + ['---:'] * (len(header) - 1)) + '|'
-  if not any(header):
-    rule = '|---|---|'
-  return '\n'.join([line(header), rule, *map(line, rows)])

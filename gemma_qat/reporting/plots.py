@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 import os
 from typing import Any
 
+from matplotlib import axes as axes_lib
 from matplotlib import figure
 from matplotlib import ticker
 import numpy as np
 
 from gemma_qat.reporting import tables
 
-_DPI = 150
-_WIDTH = 8.0  # inches: 1,200 pixels.
+DPI = 150
+WIDTH = 8.0  # inches: 1,200 pixels.
 # Okabe and Ito's palette: told apart with every kind of colour blindness.
 _GREY, _ORANGE, _BLUE = '#7f7f7f', '#d55e00', '#0072b2'
 _LABELS = {'base': 'base', 'ptq': 'PTQ Q4_0', 'qat': 'QAT Q4_0'}
@@ -33,7 +34,7 @@ def plot_loss(
     path: PNG file to write.
   """
   drawing = figure.Figure(
-      figsize=(_WIDTH, 5.4), dpi=_DPI, layout='constrained'
+      figsize=(WIDTH, 5.4), dpi=DPI, layout='constrained'
   )
   loss, rate = drawing.subplots(
       2, 1, sharex=True, gridspec_kw={'height_ratios': [4, 1]}
@@ -64,7 +65,7 @@ def plot_loss(
         xytext=(8, 0), textcoords='offset points', va='center',
     )
     loss.margins(x=0.09)
-  _log_axis(loss, np.concatenate([kl, heldout]))
+  log_axis(loss, np.concatenate([kl, heldout]))
   loss.set_ylabel('KL to the teacher\n(nats a token, log scale)')
   loss.set_title('Distillation loss', loc='left')
   loss.legend(frameon=False)
@@ -77,7 +78,7 @@ def plot_loss(
   rate.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
   drawing.align_ylabels()
   for axes in (loss, rate):
-    _tidy(axes)
+    tidy(axes)
     axes.grid(True, color='#e5e5e5', linewidth=0.8)
   drawing.savefig(path, format='png')
 
@@ -90,7 +91,7 @@ def plot_fidelity(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     path: PNG file to write.
   """
   drawing = figure.Figure(
-      figsize=(_WIDTH, 4.2), dpi=_DPI, layout='constrained'
+      figsize=(WIDTH, 4.2), dpi=DPI, layout='constrained'
   )
   left, right = drawing.subplots(
       1, 2, gridspec_kw={'width_ratios': [3, 2]}
@@ -113,6 +114,23 @@ def plot_fidelity(report: Mapping[str, Any], path: str | os.PathLike) -> None:
   drawing.savefig(path, format='png')
 
 
+def tidy(axes: axes_lib.Axes) -> None:
+  """Takes away the frame's upper and right line."""
+  axes.spines[['top', 'right']].set_visible(False)
+
+
+def log_axis(axes: axes_lib.Axes, values: Sequence[float]) -> None:
+  """Sets a log scale with ticks that read as plain numbers."""
+  axes.set_yscale('log')
+  # Within less than two octaves, 1-2-5 would leave one tick or none.
+  narrow = len(values) > 0 and max(values) < 4 * min(values)
+  axes.yaxis.set_major_locator(
+      ticker.MaxNLocator(6) if narrow else ticker.LogLocator(subs=(1, 2, 5))
+  )
+  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f'{y:g}'))
+  axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
 def _bars(axes, values, errors, write):
   names = [n for n in values if values[n] is not None]
   heights = [values[n] for n in names]
@@ -130,7 +148,7 @@ def _bars(axes, values, errors, write):
   # From 0, so that lengths compare; with room for the labels.
   tops = [h + d for h, d in zip(heights, deviations)]
   axes.set_ylim(0, 1.12 * max([1e-9, *tops]))
-  _tidy(axes)
+  tidy(axes)
 
 
 def _title(axes, name, recovered):
@@ -139,22 +157,6 @@ def _title(axes, name, recovered):
       else f"won back: {tables.percent(recovered)} of PTQ's loss"
   )
   axes.set_title(f'{name}\n{share}', loc='left', fontsize=11)
-
-
-def _tidy(axes):
-  axes.spines[['top', 'right']].set_visible(False)
-
-
-def _log_axis(axes, values):
-  """Sets a log scale with ticks that read as plain numbers."""
-  axes.set_yscale('log')
-  # Within less than two octaves, 1-2-5 would leave one tick or none.
-  narrow = len(values) > 0 and max(values) < 4 * min(values)
-  axes.yaxis.set_major_locator(
-      ticker.MaxNLocator(6) if narrow else ticker.LogLocator(subs=(1, 2, 5))
-  )
-  axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f'{y:g}'))
-  axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _series(rows, key):

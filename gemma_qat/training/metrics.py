@@ -127,10 +127,11 @@ class Progress:
     if now - self._shown < self._every and self._done < self._total:
       return
     self._shown = now
-    rate = (self._done - self._first) / max(now - self._start, 1e-9)
-    left = (self._total - self._done) / max(rate, 1e-9)
-    print(
-        f'{self._title} {self._done}/{self._total} {text} '
-        f'{left:.0f} s left',
-        file=sys.stderr, flush=True,
-    )
+    gone = self._done - self._first
+    # Nothing done yet says nothing of the rest.
+    left = ''
+    if gone:
+      seconds = (self._total - self._done) * (now - self._start) / gone
+      left = f'{seconds:.0f} s left'
+    said = (f'{self._title} {self._done}/{self._total}', text, left)
+    print(' '.join(filter(None, said)), file=sys.stderr, flush=True)

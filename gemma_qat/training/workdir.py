@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from typing import Any
 
 import jax
 import ml_collections
@@ -28,25 +29,62 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     UserError: another config began there (names what differs), or the folder
       cannot be written.
   """
-  path = workdir / CONFIG
-  new = json.loads(config.to_json_best_effort())
+  if is_begun(workdir, config):
+    return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      _compare(workdir, json.loads(path.read_text(encoding='utf-8')), new)
-      return
     (workdir / REVISION).write_text(
         json.dumps(_revision(), indent=2) + '\n', encoding='utf-8'
     )
-    path.write_text(json.dumps(new, indent=2) + '\n', encoding='utf-8')
-  except (OSError, json.JSONDecodeError) as error:
-    raise errors.UserError(
-        f'--workdir={workdir} cannot be used ({error}): choose another.'
-    ) from error
+    (workdir / CONFIG).write_text(
+        json.dumps(_plain(config), indent=2) + '\n', encoding='utf-8'
+    )
+  except OSError as error:
+    raise _unusable(workdir, error) from error
+
+
+def is_begun(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict
+) -> bool:
+  """Whether this run began in the folder; writes nothing.
+
+  Raises:
+    UserError: another config began there, or the folder cannot be read.
+  """
+  path = workdir / CONFIG
+  try:
+    if not path.exists():
+      return False
+    begun = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise _unusable(workdir, error) from error
+  _compare(workdir, begun, _plain(config))
+  return True
+
+
+def flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+  """The leaves of nested dicts by their dotted names."""
+  if not isinstance(tree, dict):
+    return {prefix.removesuffix('.'): tree}
+  leaves = {}
+  for key, value in tree.items():
+    leaves |= flat(value, f'{prefix}{key}.')
+  return leaves
+
+
+def _plain(config):
+  """The config as `config.json` gives it back: tuples are lists there."""
+  return json.loads(config.to_json_best_effort())
+
+
+def _unusable(workdir, error):
+  return errors.UserError(
+      f'--workdir={workdir} cannot be used ({error}): choose another.'
+  )
 
 
 def _compare(workdir, old, new):
-  old, new = _flat(old), _flat(new)
+  old, new = flat(old), flat(new)
   different = sorted(
       k for k in old.keys() | new.keys()
       if old.get(k) != new.get(k) and not k.startswith('mesh.')
@@ -59,15 +97,6 @@ def _compare(workdir, old, new):
         f'{old.get(key)!r}, now {new.get(key)!r}{more}): choose another '
         'workdir, or the config that began it.'
     )
-
-
-def _flat(tree, prefix=''):
-  if not isinstance(tree, dict):
-    return {prefix.removesuffix('.'): tree}
-  flat = {}
-  for key, value in tree.items():
-    flat |= _flat(value, f'{prefix}{key}.')
-  return flat
 
 
 def _revision():

@@ -61,3 +61,12 @@ def test_without_a_terminal_progress_is_plain_lines(capsys):
   lines = capsys.readouterr().err.splitlines()
   assert lines[0].startswith('train 1/3 kl 0.1 nats')
   assert lines[-1].startswith('train 3/3')
+
+
+def test_no_time_is_foretold_before_anything_is_done(capsys):
+  with metrics.Progress('sweep', total=3, every=0) as progress:
+    progress.advance(0, text='a 1/8')
+    progress.advance()
+  first, second = capsys.readouterr().err.splitlines()
+  assert first == 'sweep 0/3 a 1/8'
+  assert second.endswith(' s left')

@@ -50,3 +50,13 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
   (tmp_path / 'x').write_text('')
   with pytest.raises(errors.UserError, match='choose another'):
     workdir_lib.claim(tmp_path / 'x', _config())
+
+
+def test_whether_a_run_began_is_found_out_without_a_trace(tmp_path):
+  folder = tmp_path / 'new'
+  assert not workdir_lib.is_begun(folder, _config())
+  assert not folder.exists()
+  workdir_lib.claim(folder, _config())
+  assert workdir_lib.is_begun(folder, _config())
+  with pytest.raises(errors.UserError, match='another config'):
+    workdir_lib.is_begun(folder, _config(steps=9))
