@@ -8,6 +8,7 @@ import pytest
 from gemma_qat.commands import sweep_points
 from gemma_qat.model import config as model_config
 from gemma_qat.training import settings
+from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
 
 FOLDER = pathlib.Path('experiments/configs/ablations')
@@ -35,6 +36,6 @@ def test_every_point_is_accepted(name, variant, size):
     assert point.config.is_locked
     s = settings.read(point.config)
     plan = student_lib.make_plan(model_config.variant(size), s.quant)
-    student_lib.check_start(plan, s.quant.start)
+    starts.check_start(plan, s.quant.start)
     outline = student_lib.outline(model_config.variant(size), plan)
     assert student_lib.groups(outline, s.train.rules)

@@ -1,0 +1,37 @@
+"""Question: scales or gains, which of them do the work?
+
+Block scales alone, norm gains alone, both; and what factors of low rank or the
+weights themselves add on so small a budget. Five to eight minutes a point on two
+cores.
+
+  gemma-qat sweep --config=experiments/configs/ablations/trained.py \
+      --workdir=runs/trained
+  gemma-qat report runs/trained
+"""
+
+import ml_collections
+
+from experiments.configs import gemma3_270m_small
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  c = gemma3_270m_small.get_config(variant).unlock()
+  c.name = 'trained'
+  return c.lock()
+
+
+def sweep(add) -> None:
+  frozen = (r'^embedding', None)
+  scales, norms = (r'/scale$', 'scales'), (r'norm$', 'norms')
+  add('both')
+  add('scales', {'train.rules': (frozen, scales)})
+  add('norms', {'train.rules': (frozen, norms)})
+  embedding = (r'^embedding$', 'codes')
+  add('low_rank', {
+      'quant.modes': (embedding, (r'.', 'lora16')),
+      'train.rules': (frozen, scales, norms, (r'/lora_[ab]$', 'factors')),
+  })
+  add('weights', {
+      'quant.modes': (embedding, (r'.', 'learned')),
+      'train.rules': (frozen, scales, norms, (r'/master$', 'weights')),
+  })

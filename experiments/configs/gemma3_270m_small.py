@@ -1,0 +1,31 @@
+"""Question: what is the smallest run whose differences still say something?
+
+The default of `make qat` with a third of the calibration, 24 steps of 1,024
+tokens and half of the evaluation: five minutes on two cores with bfloat16
+instructions. The questions of ablations/ are asked of it, so that the answers
+can be compared with one another; they are answers for this budget.
+
+  gemma-qat run --config=experiments/configs/gemma3_270m_small.py \
+      --workdir=runs/small
+"""
+
+import ml_collections
+
+from experiments.configs import gemma3_270m_cpu
+
+
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
+  c = gemma3_270m_cpu.get_config(variant).unlock()
+  c.name = 'gemma3_270m_small'
+  if variant == 'tiny':
+    return c.lock()
+  c.quant.calibration_tokens = 16_384
+  c.train.steps = 24
+  c.train.batch_size = 2
+  c.train.checkpoint_every = 24
+  c.train.evaluate_every = 12
+  c.train.heldout_batches = 4
+  c.optimizer.warmup_steps = 3
+  c.evaluation.chunks = 12
+  c.evaluation.jax_chunks = 1
+  return c.lock()
