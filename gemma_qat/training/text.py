@@ -57,9 +57,11 @@ def read(
   tokenizer = checkpoints.tokenizer(base)
   training, heldout = documents(config)
   size, length = config.train.batch_size, config.train.length
+  weights = sources.weights(config.data.train)
   make = lambda some, seed, share=share: pipeline.make_dataset(
-      some, tokenizer, size, length, seed, shard_index=share[0],
-      shard_count=share[1], cache_dir=workdir / 'tokens',
+      some, tokenizer, size, length, seed, weights=weights,
+      shard_index=share[0], shard_count=share[1],
+      cache_dir=workdir / 'tokens',
   )
   count = -(-config.quant.calibration_tokens // (size * length))
   take = lambda batches, n: [next(batches) for _ in range(n)]
