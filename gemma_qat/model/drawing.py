@@ -30,35 +30,34 @@ def draw(
   if not temperature:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / temperature
-  if top_k:
-    lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-    logits = jnp.where(logits >= lowest, logits, -jnp.inf)
   exps = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+  total = lambda x: jnp.sum(x, axis=-1, keepdims=True)
+  if top_k:
+    wanted = jnp.full((len(exps), 1), min(top_k, exps.shape[-1]), jnp.float32)
+    count = lambda bound: total((exps >= bound).astype(jnp.float32))
+    exps = jnp.where(exps >= _highest(count, wanted), exps, 0)
   if top_p < 1:
-    exps = jnp.where(exps >= _smallest(exps, top_p), exps, 0)
+    mass = lambda bound: total(jnp.where(exps >= bound, exps, 0))
+    exps = jnp.where(exps >= _highest(mass, top_p * total(exps)), exps, 0)
   return _pick(exps, keys)
 
 
-def _smallest(exps, share):
-  """The largest bound [B, 1] above which a share of each row's sum lies.
+def _highest(measure, wanted):
+  """The highest bound in [0, 1] for which measure(bound) >= wanted, [B, 1].
 
-  Bisects the bits, which order positive floats as integers do: 31 sums over
-  the row instead of sorting it, a second for 32 rows of Gemma's vocabulary on
-  a CPU.
+  Bisects the bits, which order positive floats as integers do. For 32 rows of
+  Gemma's vocabulary the 31 sums took 0.3 s on a busy 2-core CPU, jax.lax.top_k
+  2.3 s for 64 entries.
   """
-  wanted = share * jnp.sum(exps, axis=-1, keepdims=True)
-
   def halve(_, bounds):
     low, high = bounds
     middle = low + (high - low) // 2
     bound = jax.lax.bitcast_convert_type(middle, jnp.float32)
-    mass = jnp.sum(jnp.where(exps >= bound, exps, 0), axis=-1, keepdims=True)
-    is_enough = mass >= wanted
+    is_enough = measure(bound) >= wanted
     return (
         jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
     )
 
-  # exps are at most 1.
   above = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
   low = jnp.zeros(wanted.shape, jnp.int32)
   low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, above)))
@@ -69,7 +68,8 @@ def _pick(weights, keys):
   """Draws an index in proportion to weights [B, V].
 
   First a block, then an entry of it: two random numbers a row, where Gumbel's
-  trick takes one for every entry, and no sum so long that float32 loses the
+  trick takes one for every entry (0.03 instead of 0.46 s for 32 rows of Gemma's
+  vocabulary on a busy 2-core CPU), and no sum so long that float32 loses the
   rare entries.
   """
   size = weights.shape[-1]
