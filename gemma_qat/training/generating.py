@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 from flax import traverse_util
 import jax
@@ -76,61 +77,68 @@ def generate(
       'prompts_sha256': _digest(prompts),
       'weights_sha256': _digest_of_weights(checkpoint),
   })
-  is_enough = lambda: (
-      (documents is not None and file.documents >= documents)
-      or (tokens is not None and file.tokens >= tokens)
-  )
-  if is_enough():
-    return file.documents, file.tokens
-  model, params = _network(checkpoint, dtype, mesh)
-  sample = batch_sampling.make_sampler(model, rules, mesh)
-  total = tokens if documents is None else documents
-  count = lambda: file.tokens if documents is None else file.documents
-  with stopping.Signal('these tokens') as stop, metrics.Progress(
-      'generate', total, count()
-  ) as progress:
-    while not is_enough():
-      begun, before = time.monotonic(), count()
-      # Of a batch that a kill or an earlier end tore, the rest.
-      first = file.documents // s.batch_size * s.batch_size
-      numbers = range(first, first + s.batch_size)
-      sequences = sample(
+  goal = _Goal(documents, tokens)
+  if not goal.is_met(file.documents, file.tokens):
+    model, params = _network(checkpoint, dtype, mesh)
+    sample = batch_sampling.make_sampler(model, rules, mesh)
+    with stopping.Signal('these tokens') as stop:
+      between = lambda: _check_stop(stop, file)
+      _write(s, file, goal, tokenizer, lambda numbers: sample(
           params, [prompts[i % len(prompts)] for i in numbers],
-          _keys(s.seed, numbers), lambda: _check_stop(stop, file),
-      )
-      written = [sampled_text.trim(ids, s, tokenizer) for ids in sequences]
+          _keys(s.seed, numbers), between,
+      ))
+  return file.documents, file.tokens
+
+
+class _Goal(NamedTuple):
+  """How much is enough: whichever is given and reached first."""
+
+  documents: int | None
+  tokens: int | None
+
+  def is_met(self, documents: int, tokens: int) -> bool:
+    return (self.documents is not None and documents >= self.documents) or (
+        self.tokens is not None and tokens >= self.tokens
+    )
+
+  def measure(self, file) -> tuple[int, int]:
+    """(how far it is, of how much), for a progress bar."""
+    if self.documents is None:
+      return min(file.tokens, self.tokens), self.tokens
+    return file.documents, self.documents
+
+
+def _write(s, file, goal, tokenizer, sample):
+  """Samples batch after batch, sample(numbers of documents), into the file."""
+  done, total = goal.measure(file)
+  with metrics.Progress('generate', total, done) as progress:
+    while not goal.is_met(file.documents, file.tokens):
+      begun = time.monotonic()
+      # Of a batch that a kill or an earlier end tore, the rest is written.
+      first = file.documents // s.batch_size * s.batch_size
+      written = [
+          sampled_text.trim(ids, s, tokenizer)
+          for ids in sample(range(first, first + s.batch_size))
+      ]
       if not any(map(len, written)):
         raise errors.UserError(
             f'{s.model} ends every document at once: give --prompts, or '
             'another model.'
         )
-      file.append(
-          {
-              'text': tokenizer.decode(ids, specials=True),
-              readers.TOKENS: ids.tolist(),
-          }
-          for ids in _enough(
-              written[file.documents - first :], file, tokens, documents
-          )
-      )
+      records = []
+      tokens = file.tokens
+      for ids in written[file.documents - first :]:
+        if goal.is_met(file.documents + len(records), tokens):
+          break
+        records.append({
+            'text': tokenizer.decode(ids, specials=True),
+            readers.TOKENS: ids.tolist(),
+        })
+        tokens += len(ids)
+      file.append(records)
       rate = sum(map(len, written)) / (time.monotonic() - begun)
-      progress.advance(
-          min(count(), total) - before, f'{rate:,.0f} tokens/s'
-      )
-  return file.documents, file.tokens
-
-
-def _enough(written, file, tokens, documents):
-  """The first of new documents, until the file has enough."""
-  count, kept = file.tokens, []
-  for ids in written:
-    if (documents is not None and file.documents + len(kept) >= documents) or (
-        tokens is not None and count >= tokens
-    ):
-      break
-    kept.append(ids)
-    count += len(ids)
-  return kept
+      before, (done, _) = done, goal.measure(file)
+      progress.advance(done - before, f'{rate:,.0f} tokens/s')
 
 
 def _check_stop(stop, file):

@@ -66,10 +66,13 @@ def prompts(
     UserError: the prompts cannot be read, or leave no room.
   """
   if not s.prompts:
-    opening = chat.USER_BEGINS if s.chat else ''
-    return [tokenizer.encode(opening, bos=True, specials=True)]
+    opening = tokenizer.encode(
+        chat.USER_BEGINS if s.chat else '', bos=True, specials=True
+    )
+    _check_room(s, len(opening) + 1)
+    return [opening]
   source = s.prompts
-  if os.path.isfile(source):
+  if os.path.isfile(source.split('#')[0]):
     source = f'jsonl:{source}'
   documents = sources.load(source, min_characters=1)
   if not all(d.is_plain for d in documents):
@@ -80,12 +83,8 @@ def prompts(
   make = _user_turn if s.chat else (lambda text: text)
   frame = tokenizer.encode(make(''), bos=True, specials=True)
   # A prompt leaves as much for the model as it takes itself.
+  _check_room(s, len(frame) + 2)
   most = (s.length - len(frame)) // 2
-  if most < 1:
-    raise errors.UserError(
-        f'--length={s.length} leaves no room for prompts: at least '
-        f'{len(frame) + 2}.'
-    )
   cut = []
   for document in documents:
     text = document.text.strip() if s.chat else document.text
@@ -140,6 +139,13 @@ def trim(
   turn = tokenizer.end_of_turn_id
   ends = {tokenizer.eos_id, turn} - ({turn} if s.chat else set())
   return ids[:-1] if len(ids) and int(ids[-1]) in ends else ids
+
+
+def _check_room(s, fewest):
+  if s.length < fewest:
+    raise errors.UserError(
+        f'--length={s.length} leaves the model no room: give {fewest} or more.'
+    )
 
 
 def _user_turn(text: str) -> str:

@@ -152,7 +152,7 @@ def test_prompts_alone_begin_a_text_one_document_each(
     prompts, one_layer, tokenizer, tmp_path
 ):
   path = tmp_path / 'x.jsonl'
-  assert _generate(one_layer, path, f'--prompts={prompts}') == 0
+  assert _generate(one_layer, path, f'--prompts={prompts}#field=text') == 0
   records = _records(path)
   assert len(records) == 3
   assert [r['text'][:4] for r in records] == ['Why?', 'Say ', 'valu']
@@ -214,6 +214,7 @@ def test_training_reads_it_in_a_mixture(whole, one_layer, texts, tmp_path):
     (['--documents=4', '--prompts=files:none'], ['files:GLOB']),
     (['--documents=4', '--prompts=topics#limit=2', '--chat', '--length=9'],
      ['--length=9', 'room']),
+    (['--documents=4', '--chat', '--length=5'], ['--length=5', 'room']),
 ], ids=str)
 def test_mistakes_are_said_in_one_line(
     one_layer, tmp_path, capsys, flags, words
