@@ -33,9 +33,11 @@ def draw(
   exps = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   total = lambda x: jnp.sum(x, axis=-1, keepdims=True)
   if top_k:
-    wanted = jnp.full((len(exps), 1), min(top_k, exps.shape[-1]), jnp.float32)
-    count = lambda bound: total((exps >= bound).astype(jnp.float32))
-    exps = jnp.where(exps >= _highest(count, wanted), exps, 0)
+    likeliest, _ = jax.lax.top_k(exps, min(top_k, exps.shape[-1]))
+    # Not the last of them: XLA would make a sort of that, 100 times as slow on
+    # a CPU (1.6 s instead of 0.014 s for 64 of 32 rows of Gemma's vocabulary).
+    lowest = jnp.min(likeliest, axis=-1, keepdims=True)
+    exps = jnp.where(exps >= lowest, exps, 0)
   if top_p < 1:
     mass = lambda bound: total(jnp.where(exps >= bound, exps, 0))
     exps = jnp.where(exps >= _highest(mass, top_p * total(exps)), exps, 0)
@@ -46,8 +48,7 @@ def _highest(measure, wanted):
   """The highest bound in [0, 1] for which measure(bound) >= wanted, [B, 1].
 
   Bisects the bits, which order positive floats as integers do. For 32 rows of
-  Gemma's vocabulary the 31 sums took 0.3 s on a busy 2-core CPU, jax.lax.top_k
-  2.3 s for 64 entries.
+  Gemma's vocabulary the 31 sums took 0.3 s on a busy 2-core CPU.
   """
   def halve(_, bounds):
     low, high = bounds
