@@ -95,6 +95,9 @@ BENCHMARKS = (
         'fsdp sends codes, not weights', 'fsdp_gather', '', None,
     ),
     Benchmark(
+        'texts at once against one by one', 'batch_sampling', '', None,
+    ),
+    Benchmark(
         'a step against plain JAX', 'plain_step',
         '', f'{_WHOLE} --tokens=4096',
     ),

@@ -104,7 +104,7 @@ def make_case(a: argparse.Namespace, mode: str | None) -> Case:
   """Builds the step of a mode; of None the one without any quantization."""
   s = _settings(a, mode)
   config = sizes(a)
-  params = _draw(config)
+  params = draw(config)
   plan = student_lib.make_plan(config, s.quant) if mode else {}
   student = starts.init_student(config, params, plan, 'reference')
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -121,6 +121,16 @@ def make_case(a: argparse.Namespace, mode: str | None) -> Case:
   return Case(config, s, plan, job, batch)
 
 
+def draw(config: model_config.ModelConfig) -> dict[str, Any]:
+  """Random weights with the spread of a checkpoint's, as `job` takes them."""
+  generator, flat = np.random.default_rng(0), {}
+  for path, spec in weights.tree_specs(config).items():
+    spread = spec.row_length**-0.5 if spec.contraction else 0.1
+    flat[path] = generator.standard_normal(spec.shape, np.float32)
+    flat[path] *= np.float32(spread)
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
 def _settings(a, mode) -> settings.Settings:
   c = base_config.get_config().unlock()
   c.quant.start = 'reference'
@@ -129,13 +139,3 @@ def _settings(a, mode) -> settings.Settings:
   c.compute.dtype = a.dtype
   c.compute.remat = a.remat
   return settings.read(c.lock())
-
-
-def _draw(config):
-  """Random weights with the spread of a checkpoint's, as `job` takes them."""
-  generator, flat = np.random.default_rng(0), {}
-  for path, spec in weights.tree_specs(config).items():
-    spread = spec.row_length**-0.5 if spec.contraction else 0.1
-    flat[path] = generator.standard_normal(spec.shape, np.float32)
-    flat[path] *= np.float32(spread)
-  return traverse_util.unflatten_dict(flat, sep='/')

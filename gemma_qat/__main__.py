@@ -6,7 +6,8 @@ import sys
 
 from gemma_qat import errors
 
-# Name -> what it does, one line; each is a module of `gemma_qat.commands`.
+# Name -> what it does, one line; each is a module of `gemma_qat.commands`, its
+# hyphens underscores there.
 COMMANDS = {
     'run': 'train, export, evaluate and report: the main job',
     'train': 'train alone; goes on by itself where it was stopped',
@@ -17,6 +18,7 @@ COMMANDS = {
     'quantize': 'write a GGUF without training (PTQ, the baseline)',
     'evaluate': 'perplexity, KL divergence and top-1 agreement of models',
     'sample': 'generate text',
+    'generate-data': 'let a model write the text that its student trains on',
     'memory': 'what a size and format needs, before anything is downloaded',
     'plan': 'memory, traffic and time of a run on devices not at hand',
     'inspect': 'what is in a model file: sizes, formats, metadata',
@@ -42,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
           f'{", ".join(COMMANDS)}.', file=sys.stderr)
     return 2
   # Only now: --help and a typo should not wait for JAX.
-  module = importlib.import_module(f'gemma_qat.commands.{name}')
+  module = importlib.import_module(
+      f'gemma_qat.commands.{name.replace("-", "_")}'
+  )
   try:
     return module.main(rest) or 0
   except errors.UserError as error:
@@ -74,7 +78,7 @@ def _ask_for_huge_pages():
 
 
 def _usage():
-  lines = [f'  {name:9} {text}' for name, text in COMMANDS.items()]
+  lines = [f'  {name:13} {text}' for name, text in COMMANDS.items()]
   return (
       'Usage: gemma-qat COMMAND ...\n\n' + '\n'.join(lines)
       + '\n\ngemma-qat COMMAND --help says more.'

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks import batch_sampling
 from benchmarks import linear_kl
 from benchmarks import measure
 from benchmarks import plain_step
@@ -61,6 +62,11 @@ def test_pytorch_step_prints_its_line(capsys):
   line = _line(pytorch_step.main, flags, capsys)
   # Seven linear modules a layer.
   assert line['other_built']['fake_quantized'] == 7
+
+
+def test_batch_sampling_prints_its_line(capsys):
+  line = _line(batch_sampling.main, _TINY, capsys)
+  assert line['unit'] == 'tokens/s'
 
 
 def test_the_ratio_is_that_of_ours_to_other():

@@ -103,7 +103,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.compute.kl_block = 0
 
   c.data = ml_collections.ConfigDict()
-  # See gemma_qat/data/sources.py for what can stand here.
+  # See gemma_qat/data/readers.py for what can stand here.
   c.data.train = 'python_docs'
   c.data.heldout_fraction = 0.05
 

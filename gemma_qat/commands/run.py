@@ -16,12 +16,12 @@ from gemma_qat.checkpoints import export
 from gemma_qat.commands import config_flags
 from gemma_qat.commands import evaluate
 from gemma_qat.commands import job_flags
-from gemma_qat.data import sources
 from gemma_qat.reporting import report as reporting
 from gemma_qat.reporting import tables
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 from gemma_qat.training import settings
+from gemma_qat.training import text as text_lib
 from gemma_qat.training import workdir as workdirs
 
 BASE, PTQ, QAT = 'base-bf16.gguf', 'ptq-q4_0.gguf', 'model-q4_0.gguf'
@@ -91,7 +91,7 @@ def run(
     return None
   with clock.phase('export'):
     files, embedding = _export(config, workdir, step)
-  text = evaluate.join(sources.load(config.evaluation.text))
+  text = evaluate.join(text_lib.evaluation(config))
   (workdir / TEXT).write_text(text, encoding='utf-8')
   e = config.evaluation
   # What llama.cpp says of the chunks that JAX reads, too.

@@ -30,12 +30,17 @@ def make_dataset(
     length: int,
     seed: int,
     *,
+    weights: Sequence[float] | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
     cache_dir: str | os.PathLike | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> grain.DatasetIterator:
   """Returns an endless iterator over shuffled batches.
+
+  Of a mixture, rows of all parts alternate in the proportions of their weights
+  (Grain rounds them to a hundredth of the smallest); every part is shuffled and
+  repeated for itself.
 
   Each element is {'tokens': [B, L] int32, 'mask': [B, L] bool}, B being
   `batch_size` / `shard_count`. The mask is False at BOS, which has seen no
@@ -52,6 +57,7 @@ def make_dataset(
     batch_size: Rows of a step over all shards together.
     length: Tokens L of a row, BOS among them.
     seed: Decides the order of the rows.
+    weights: Of the parts of a mixture, `sources.weights`; None for one text.
     shard_index: Which of the shards (processes) this one is.
     shard_count: How many shards there are.
     cache_dir: Where to keep the tokens for the next run; None for nowhere.
@@ -65,17 +71,23 @@ def make_dataset(
         f'A batch of {batch_size} rows cannot be divided among {shard_count} '
         f'processes (this is {shard_index}): choose a multiple.'
     )
-  stream = tokenize(documents, tokenizer, cache_dir, progress)
-  rows = _Rows(stream, tokenizer, length)
-  if len(rows) < batch_size:
-    raise errors.UserError(
-        f'The text fills {len(rows)} rows of {length} tokens, fewer than one '
-        f'batch of {batch_size}: give more text, or smaller batches.'
-    )
+  parts = [documents] if weights is None else [
+      [d for d in documents if d.part == i] for i in range(len(weights))
+  ]
+  rows = [
+      _Rows(tokenize(some, tokenizer, cache_dir, progress), tokenizer, length)
+      for some in parts
+  ]
+  _check_rows([len(some) for some in rows], batch_size, length)
+  endless = [
+      grain.MapDataset.source(some).shuffle(seed=seed + i).repeat()
+      for i, some in enumerate(rows)
+  ]
+  mixed = endless[0] if weights is None else grain.MapDataset.mix(
+      endless, weights
+  )
   return iter(
-      grain.MapDataset.source(rows)
-      .shuffle(seed=seed)
-      .repeat()[shard_index::shard_count]
+      mixed[shard_index::shard_count]
       .batch(batch_size // shard_count, drop_remainder=True)
       # Rows are slices of memory: more than a few ready ones are waste (the
       # default keeps 500 batches and 16 threads).
@@ -124,11 +136,11 @@ def tokenize(
   bos = np.array([tokenizer.bos_id], np.int32)
   parts = [np.zeros(0, np.int32)]
   for start in range(0, len(documents), _CHUNK):
-    texts = [d.text for d in documents[start : start + _CHUNK]]
-    for ids in tokenizer.encode_all(texts):
+    some = documents[start : start + _CHUNK]
+    for ids in sources.encode(some, tokenizer):
       parts += [bos, ids]
     if progress is not None:
-      progress(start + len(texts), len(documents))
+      progress(start + len(some), len(documents))
   stream = np.concatenate(parts)
   if path is not None:
     _save_cached(path, stream)
@@ -149,7 +161,26 @@ def digest(
     raw = document.text.encode('utf-8', 'surrogatepass')
     sha.update(len(raw).to_bytes(8, 'big'))
     sha.update(raw)
+    if document.tokens is not None:
+      sha.update(b'tokens' + document.tokens.tobytes())
+    elif document.has_controls:
+      sha.update(b'controls')
   return sha.hexdigest()
+
+
+def _check_rows(counts, batch_size, length):
+  """Refuses text, or a part of a mixture, that is too short."""
+  if sum(counts) < batch_size:
+    raise errors.UserError(
+        f'The text fills {sum(counts)} rows of {length} tokens, fewer than one '
+        f'batch of {batch_size}: give more text, or smaller batches.'
+    )
+  if not all(counts):
+    raise errors.UserError(
+        f'Part {counts.index(0) + 1} of the mixed text fills no row of '
+        f'{length} tokens, for training or held out: give it more text, or '
+        'change config.data.heldout_fraction.'
+    )
 
 
 class _Rows:

@@ -7,12 +7,17 @@ A source is a config string:
   python_docs           both: the default training text, no download
   topics                Python's language reference: the default held-out text
   files:GLOB            text files, one document each
-  jsonl:PATH            one JSON object a line: its field `text`
+  jsonl:PATH            one JSON object a line: its field `text`; what
+                        `gemma-qat generate-data` wrote comes back token by
+                        token, by the field `gemma_tokens` beside it
+  chat:PATH             one conversation a line: `messages`, a list of objects
+                        with `role` and `content`, in Gemma's turns
   hf:NAME[:SPLIT]       a data set of the Hugging Face hub (split: train)
 
 `#limit=N` reads no more than N documents; `#field=NAME` chooses the field of
-jsonl and hf, `#config=NAME` the configuration of a hf data set; options are
-joined with `&`. Several sources are joined with ' + '.
+jsonl, chat and hf, `#config=NAME` the configuration of a hf data set; options
+are joined with `&`. Several sources are joined with ' + ', or mixed by weight:
+`0.7*python_docs + 0.3*jsonl:PATH`, see `sources`.
 """
 
 import glob
@@ -21,9 +26,16 @@ import json
 import pathlib
 import urllib.parse
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 from gemma_qat import errors
+from gemma_qat.data import chat
 from gemma_qat.data import installed
+
+# Of a jsonl record: the ids of its text in Gemma's vocabulary, without BOS.
+TOKENS = 'gemma_tokens'
 
 _INSTALLED = {
     'python_docs': (installed.docstrings, installed.readmes),
@@ -33,8 +45,17 @@ _INSTALLED = {
 }
 
 
-def read(source: str) -> Iterator[tuple[str, str]]:
-  """Returns an iterator over (name, text) of one source, not a joined one.
+class Record(NamedTuple):
+  """One text as it was read; the fields are those of `sources.Document`."""
+
+  name: str
+  text: str
+  has_controls: bool = False
+  tokens: np.ndarray | None = None
+
+
+def read(source: str) -> Iterator[Record]:
+  """Returns an iterator over the records of one source, not a joined one.
 
   Raises:
     UserError: Here, an unknown source or option; while iterating, a file,
@@ -44,20 +65,25 @@ def read(source: str) -> Iterator[tuple[str, str]]:
   limit = options.pop('limit', None)
   kind, _, where = source.partition(':')
   if kind in _INSTALLED and not where:
-    documents = itertools.chain(*(read() for read in _INSTALLED[kind]))
+    documents = itertools.starmap(
+        Record, itertools.chain(*(read() for read in _INSTALLED[kind]))
+    )
     allowed = ()
   elif kind == 'files' and where:
     documents, allowed = _read_files(where), ()
   elif kind == 'jsonl' and where:
     allowed = ('field',)
     documents = _read_jsonl(where, options.get('field', 'text'))
+  elif kind == 'chat' and where:
+    allowed = ('field',)
+    documents = _read_chat(where, options.get('field', 'messages'))
   elif kind == 'hf' and where:
     allowed = ('field', 'config')
     documents = _read_hub(where, options, is_limited=limit is not None)
   else:
     raise errors.UserError(
         f'Unknown text source {source!r}: use {", ".join(_INSTALLED)}, '
-        'files:GLOB, jsonl:PATH or hf:NAME.'
+        'files:GLOB, jsonl:PATH, chat:PATH or hf:NAME.'
     )
   unknown = sorted(set(options) - set(allowed))
   if unknown:
@@ -83,7 +109,7 @@ def _split_options(source: str) -> tuple[str, dict]:
   return source, options
 
 
-def _read_files(pattern: str) -> Iterator[tuple[str, str]]:
+def _read_files(pattern: str) -> Iterator[Record]:
   matches = sorted(glob.glob(pattern, recursive=True))
   paths = [p for p in map(pathlib.Path, matches) if p.is_file()]
   if not paths:
@@ -91,7 +117,7 @@ def _read_files(pattern: str) -> Iterator[tuple[str, str]]:
         f'No file matches {pattern!r}: check the pattern of files:GLOB.'
     )
   for path in paths:
-    yield path.as_posix(), _file_text(path)
+    yield Record(path.as_posix(), _file_text(path))
 
 
 def _file_text(path: pathlib.Path) -> str:
@@ -104,18 +130,45 @@ def _file_text(path: pathlib.Path) -> str:
     ) from error
 
 
-def _read_jsonl(path: str, field: str) -> Iterator[tuple[str, str]]:
+def _read_jsonl(path: str, field: str) -> Iterator[Record]:
+  for name, where, record in _read_lines(path, 'jsonl'):
+    text = _field(record, field, where)
+    tokens = _tokens(record, where) if field == 'text' else None
+    yield Record(name, text, tokens=tokens)
+
+
+def _tokens(record: dict, where: str) -> np.ndarray | None:
+  ids = record.get(TOKENS)
+  if ids is None:
+    return None
+  is_id = lambda i: type(i) is int and 0 <= i < 2**31
+  if isinstance(ids, list) and all(map(is_id, ids)):
+    return np.array(ids, np.int32)
+  raise errors.UserError(
+      f'{where} has a field {TOKENS!r} that is no list of token ids: write the '
+      'file anew with gemma-qat generate-data, or remove the field.'
+  )
+
+
+def _read_chat(path: str, field: str) -> Iterator[Record]:
+  for name, where, record in _read_lines(path, 'chat'):
+    messages = record.get(field) if isinstance(record, dict) else None
+    yield Record(name, chat.render(messages, where), has_controls=True)
+
+
+def _read_lines(path: str, kind: str) -> Iterator[tuple[str, str, object]]:
+  """Yields (name, place for messages, JSON value) of each line."""
   # Read line by line, but broken UTF-8 only shows in the middle of it.
   try:
     with open(path, encoding='utf-8-sig') as lines:
       for number, line in enumerate(lines, 1):
         if line.strip():
           where = f'{path}, line {number}'
-          yield f'{path}:{number}', _field(_parse(line, where), field, where)
+          yield f'{path}:{number}', where, _parse(line, where)
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UserError(
         f'Cannot read {path} as UTF-8 text ({error}): check the path of '
-        'jsonl:PATH.'
+        f'{kind}:PATH.'
     ) from error
 
 
@@ -130,7 +183,7 @@ def _parse(line: str, where: str):
 
 def _read_hub(
     where: str, options: dict, is_limited: bool
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Record]:
   name, _, part = where.partition(':')
   part = part or 'train'
   try:
@@ -153,7 +206,7 @@ def _read_hub(
     ) from error
   for number, record in enumerate(records):
     place = f'hf:{name}:{part}:{number}'
-    yield place, _field(record, options.get('field', 'text'), place)
+    yield Record(place, _field(record, options.get('field', 'text'), place))
 
 
 def _field(record, field: str, where: str) -> str:

@@ -1,11 +1,16 @@
 """Where do the documents of a run come from?
 
-`readers` lists the sources that a config can name.
+`readers` lists the sources that a config can name. Joined with ' + ' they are
+one text. Mixed by weight (`0.7*python_docs + 0.3*jsonl:PATH`) they stay parts,
+of which training draws its rows in these proportions, however large they are.
 """
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from gemma_qat import errors
 from gemma_qat.data import overlap
@@ -18,10 +23,29 @@ MIN_CHARACTERS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text that is never torn between training and evaluation."""
+  """One text that is never torn between training and evaluation.
+
+  Attributes:
+    name: where it is from.
+    text: itself.
+    has_controls: whether '<start_of_turn>' and the like in the text are the
+      tokens, as every runtime reads a rendered chat, or these characters.
+    tokens: ids [L] of the text, without BOS, where they are known: a model
+      that writes does not always write as a tokenizer reads. Control tokens
+      stand in the text by name.
+    part: which part of its source it is from, counted from 0.
+  """
 
   name: str
   text: str
+  has_controls: bool = False
+  tokens: np.ndarray | None = dataclasses.field(default=None, compare=False)
+  part: int = 0
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether a piece of the text would be a text of its own."""
+    return not self.has_controls and self.tokens is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +63,24 @@ def load(
   """Reads the documents of a source.
 
   The order is fixed: of the parts as given, then of names (installed text and
-  files) or of lines (jsonl, hf). Exact duplicates of an earlier text and texts
-  below `min_characters` are left out.
+  files) or of lines (jsonl, chat, hf). Exact duplicates of an earlier text and
+  texts below `min_characters` are left out; a conversation or a sampled text is
+  whole, however short, and only left out if it is empty.
 
   Raises:
     UserError: An unknown source, an unreadable file or line, a missing
-      package, or no document at all.
+      package, weights for some parts only, or no document at all.
   """
   documents, seen = [], set()
-  for part in source.split(' + '):
-    for name, text in readers.read(part.strip()):
+  for part, (_, where) in enumerate(_parts(source)):
+    for record in readers.read(where):
+      document = Document(*record, part=part)
+      text = document.text
       digest = hashlib.sha256(text.encode('utf-8', 'replace')).digest()
-      if len(text) >= min_characters and digest not in seen:
+      fewest = min_characters if document.is_plain else 1
+      if len(text) >= fewest and digest not in seen:
         seen.add(digest)
-        documents.append(Document(name, text))
+        documents.append(document)
   if not documents:
     raise errors.UserError(
         f'The source {source!r} holds no document of {min_characters} '
@@ -61,13 +89,24 @@ def load(
   return documents
 
 
+def weights(source: str) -> tuple[float, ...] | None:
+  """Returns the weights of the parts of a mixture, None for a plain source.
+
+  Raises:
+    UserError: a weight of 0, or weights for some parts only.
+  """
+  found = tuple(weight for weight, _ in _parts(source))
+  return None if found[0] is None else found
+
+
 def load_pair(
     train: str, held_out: str, fraction: float = 0.1, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
   """Reads training and held-out documents that share no text.
 
   The same source for both is split by `split`; of two sources, the training
-  side loses what both hold (`overlap.remove_overlap`).
+  side loses what both hold: paragraphs of plain text
+  (`overlap.remove_overlap`), all of a conversation or of a sampled text.
 
   Raises:
     UserError: As `load`; or nothing is left to train on.
@@ -82,7 +121,7 @@ def load_pair(
   training = [
       dataclasses.replace(d, text=text)
       for d, text in zip(training, texts, strict=True)
-      if len(text) >= MIN_CHARACTERS
+      if (len(text) >= MIN_CHARACTERS if d.is_plain else text == d.text)
   ]
   if not training or not evaluation:
     raise errors.UserError(
@@ -130,11 +169,72 @@ def check_disjoint(
       )
 
 
+def encode(
+    documents: Sequence[Document], tokenizer: tokenizer_lib.Tokenizer
+) -> list[np.ndarray]:
+  """Returns the token ids of each document, without BOS.
+
+  Raises:
+    UserError: tokens that a document brings do not say its text in this
+      vocabulary.
+  """
+  plain = iter(tokenizer.encode_all([d.text for d in documents if d.is_plain]))
+  return [
+      next(plain) if d.is_plain else _special_tokens(d, tokenizer)
+      for d in documents
+  ]
+
+
 def measure(
     documents: Sequence[Document], tokenizer: tokenizer_lib.Tokenizer
 ) -> Size:
   """Counts documents, characters and tokens (without BOS)."""
-  ids = tokenizer.encode_all([d.text for d in documents])
+  ids = encode(documents, tokenizer)
   return Size(
       len(documents), sum(len(d.text) for d in documents), sum(map(len, ids))
+  )
+
+
+# '0.7*python_docs'; no kind of source begins with a figure.
+_WEIGHTED = re.compile(r'\s*([0-9.]+(?:e-?[0-9]+)?)\s*\*(.+)', re.DOTALL)
+
+
+def _parts(source: str) -> list[tuple[float | None, str]]:
+  """Cuts a source at ' + '; a weight is None where none was given."""
+  parts = []
+  for part in source.split(' + '):
+    match = _WEIGHTED.fullmatch(part)
+    if match is None:
+      parts.append((None, part.strip()))
+      continue
+    try:
+      weight = float(match[1])
+    except ValueError:
+      weight = 0.0
+    if not 0 < weight < float('inf'):
+      raise errors.UserError(
+          f'The text source {source!r} has the weight {match[1]}: give a number '
+          'above 0, or leave the part out.'
+      )
+    parts.append((weight, match[2].strip()))
+  if len({weight is None for weight, _ in parts}) > 1:
+    raise errors.UserError(
+        f'The text source {source!r} has weights for some of its parts only: '
+        'give every part one, as in 0.7*python_docs + 0.3*jsonl:PATH, or none.'
+    )
+  return parts
+
+
+def _special_tokens(document, tokenizer) -> np.ndarray:
+  if document.tokens is None:
+    return tokenizer.encode(document.text, specials=True)
+  ids = document.tokens
+  if ids.max(initial=0) < tokenizer.vocab_size and (
+      tokenizer.decode(ids, specials=True) == document.text
+  ):
+    return ids
+  raise errors.UserError(
+      f'The {readers.TOKENS} of {document.name} do not say its text in this '
+      "model's vocabulary: sample text from a model of the same vocabulary, or "
+      'remove the field.'
   )

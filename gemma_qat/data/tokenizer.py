@@ -116,10 +116,21 @@ class Tokenizer:
     )
     return [np.array(ids, np.int32) for ids in encoded]
 
-  def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of ids; CONTROL pieces vanish."""
+  def decode(self, ids: Iterable[int], specials: bool = False) -> str:
+    """Returns the text of ids.
+
+    CONTROL pieces vanish, or, with `specials`, stand in it as '<end_of_turn>'.
+    """
+    ids = np.asarray(ids, np.int64)
     # tolist: SentencePiece takes Python integers only.
-    return self._processor.DecodeIds(np.asarray(ids, np.int64).tolist())
+    if not specials:
+      return self._processor.DecodeIds(ids.tolist())
+    text, start = '', 0
+    for at in np.flatnonzero(self.types[ids] == vocabulary.CONTROL).tolist():
+      text += self._processor.DecodeIds(ids[start:at].tolist())
+      text += self.pieces[ids[at]]
+      start = at + 1
+    return text + self._processor.DecodeIds(ids[start:].tolist())
 
   def to_proto(self) -> bytes:
     """Returns the bytes of a tokenizer.model."""

@@ -226,12 +226,20 @@ def unembed(hidden, embedding, dtype=jnp.float32):
   return layers.contract(hidden, embedding, 1, dtype)
 
 
-def init_cache(config: model_config.ModelConfig, batch: int, length: int):
-  """Makes an empty key/value cache for `length` positions of each sequence."""
+def init_cache(
+    config: model_config.ModelConfig,
+    batch: int,
+    length: int,
+    dtype=jnp.float32,
+):
+  """Makes an empty key/value cache for `length` positions of each sequence.
+
+  In the dtype of the products nothing is lost: they cast what they read.
+  """
   c = config
   def empty(*lead):
     shape = (*lead, batch, length, c.num_kv_heads, c.head_dim)
-    return {'k': jnp.zeros(shape), 'v': jnp.zeros(shape)}
+    return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
   cache = {}
   if c.num_groups:
     cache['groups'] = {
@@ -282,8 +290,10 @@ def _extend(cache, k, v, positions, window):
   # Every sequence of a batch stands at the same position: one slice update.
   start = (0, positions[0, 0], 0, 0)
   cache = {
-      'k': jax.lax.dynamic_update_slice(cache['k'], k, start),
-      'v': jax.lax.dynamic_update_slice(cache['v'], v, start),
+      name: jax.lax.dynamic_update_slice(
+          cache[name], x.astype(cache[name].dtype), start
+      )
+      for name, x in (('k', k), ('v', v))
   }
   keys = jnp.broadcast_to(
       jnp.arange(cache['k'].shape[1]), (k.shape[0], cache['k'].shape[1])

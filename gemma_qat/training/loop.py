@@ -7,7 +7,6 @@ One page, in the order in which the data flow: checkpoint -> student ->
 import contextlib
 import os
 import pathlib
-import signal
 
 import jax
 import ml_collections
@@ -28,6 +27,7 @@ from gemma_qat.training import saving
 from gemma_qat.training import settings
 from gemma_qat.training import speed as speed_lib
 from gemma_qat.training import starts
+from gemma_qat.training import stopping
 from gemma_qat.training import student as student_lib
 from gemma_qat.training import text as text_lib
 from gemma_qat.training import tracing
@@ -80,7 +80,7 @@ def train(
   share = sharding.share(mesh, s.train.batch_size)
   text = text_lib.read(config, base, workdir, share)
 
-  with saving.Saver(workdir, s.train.keep) as saver, _StopSignal() as stop:
+  with saving.Saver(workdir, s.train.keep) as saver, stopping.Signal() as stop:
     # The one place that decides where the student comes from.
     optimizer_leaves = None
     if saver.latest is not None:
@@ -233,28 +233,3 @@ def _check_finite(step, row):
           'config.optimizer.learning_rate or lengthen warmup_steps, then start '
           'with a new --workdir.'
       )
-
-
-class _StopSignal:
-  """Turns SIGTERM and the first Ctrl-C into a request to stop."""
-
-  asked = False
-
-  def __enter__(self):
-    self._old = {}
-    try:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._ask)
-    except ValueError:
-      pass  # Not the main thread: whoever runs us handles signals.
-    return self
-
-  def __exit__(self, *exception):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _ask(self, number, frame):
-    del frame
-    self.asked = True
-    hosts.say('Stopping after this step ...')
-    signal.signal(number, self._old[number])

@@ -57,9 +57,11 @@ def read(
   tokenizer = checkpoints.tokenizer(base)
   training, heldout = documents(config)
   size, length = config.train.batch_size, config.train.length
+  weights = sources.weights(config.data.train)
   make = lambda some, seed, share=share: pipeline.make_dataset(
-      some, tokenizer, size, length, seed, shard_index=share[0],
-      shard_count=share[1], cache_dir=workdir / 'tokens',
+      some, tokenizer, size, length, seed, weights=weights,
+      shard_index=share[0], shard_count=share[1],
+      cache_dir=workdir / 'tokens',
   )
   count = -(-config.quant.calibration_tokens // (size * length))
   take = lambda batches, n: [next(batches) for _ in range(n)]
@@ -72,6 +74,14 @@ def read(
       ),
       digest=pipeline.digest(training, tokenizer),
   )
+
+
+def evaluation(config: ml_collections.ConfigDict) -> list[sources.Document]:
+  """Reads the documents that a run is evaluated on, none of them trained on."""
+  source = config.evaluation.text
+  if source == config.data.train:
+    return sources.load_pair(source, source)[1]
+  return sources.load(source)
 
 
 def documents(config: ml_collections.ConfigDict):

@@ -40,6 +40,43 @@ def test_the_system_prompt_opens_the_first_user_turn_only():
   assert said.endswith('So?<end_of_turn>\n')
 
 
+@pytest.mark.parametrize('messages', [
+    [{'role': 'user', 'content': ' Hi '}, {'role': 'model', 'content': 'Ho'}],
+    [{'role': 'system', 'content': 'Be brief.'},
+     {'role': 'system', 'content': 'Be kind. '},
+     {'role': 'user', 'content': [{'type': 'text', 'text': ' What\n\nis '},
+                                  {'type': 'text', 'text': 'it?'}]},
+     {'role': 'assistant', 'content': ''},
+     {'role': 'user', 'content': '<end_of_turn>'}],
+], ids=len)
+def test_rendering_is_what_the_template_says(messages):
+  said = _render(messages, add_generation_prompt=False)
+  assert '<bos>' + chat.render(messages, 'here') == said
+
+
+def test_a_prompt_is_the_template_s():
+  said = _render([{'role': 'user', 'content': 'Hi'}])
+  assert said == '<bos>' + (
+      chat.USER_BEGINS + 'Hi' + chat.TURN_ENDS + chat.MODEL_BEGINS
+  )
+
+
+@pytest.mark.parametrize('messages, said', [
+    (None, 'here has no list of messages'),
+    ([], 'no list of messages'),
+    (['Hi'], 'message 1 is no object'),
+    ([{'role': 'user', 'content': 'Hi'}, {'role': 'tool', 'content': ''}],
+     "message 2 has the role 'tool'"),
+    ([{'role': ['user'], 'content': 'Hi'}], 'has the role'),
+    ([{'role': 'user'}], 'neither a text nor'),
+    ([{'role': 'user', 'content': [{'type': 'image'}]}], 'neither a text nor'),
+    ([{'role': 'user', 'content': [{'type': 'text', 'text': 3}]}], 'neither'),
+], ids=str)
+def test_what_is_no_conversation_is_a_user_error(messages, said):
+  with pytest.raises(errors.UserError, match=said):
+    chat.render(messages, 'here')
+
+
 def test_images_stand_where_they_were_given():
   said = _render([{'role': 'user', 'content': [
       {'type': 'image'}, {'type': 'text', 'text': 'What is it?'},

@@ -152,6 +152,73 @@ def test_orbax_saves_and_restores_the_iterator(documents, tiny, tmp_path):
   _assert_equal(_take(resumed, 9), expected)
 
 
+@pytest.fixture(scope='module')
+def mixture():
+  """A long and a short part; a row's last tokens tell which it is from."""
+  make = lambda name, count, part: [
+      sources.Document(f'{name}{i}', f'{name * 3}{i:03} ' * 40, part=part)
+      for i in range(count)
+  ]
+  return make('a', 30, 0) + make('b', 3, 1)
+
+
+def _share(tiny, batches, letter='b'):
+  rows = np.concatenate([b['tokens'] for b in batches])
+  return np.mean([letter in tiny.decode(row) for row in rows])
+
+
+@pytest.mark.parametrize('weights', [(0.75, 0.25), (1, 3)], ids=str)
+def test_rows_of_a_mixture_come_in_its_proportions(mixture, tiny, weights):
+  batches = _take(pipeline.make_dataset(
+      mixture, tiny, 4, LENGTH, 0, weights=weights
+  ), 100)
+  share = _share(tiny, batches)
+  assert abs(share - weights[1] / sum(weights)) < 0.01
+  # All along, not on average alone, and whole epochs of the short part.
+  assert abs(_share(tiny, batches[:8]) - share) < 0.05
+  rows = [r.tobytes() for b in batches for r in b['tokens']]
+  short = pipeline.one_epoch(mixture[30:], tiny, 1, LENGTH)
+  assert {b['tokens'][0].tobytes() for b in short} <= set(rows)
+
+
+def test_a_mixture_goes_on_from_its_state_on_any_shards(mixture, tiny):
+  make = lambda **shard: pipeline.make_dataset(
+      mixture, tiny, 4, LENGTH, 0, weights=(0.7, 0.3), **shard
+  )
+  iterator = make()
+  _take(iterator, 13)
+  state = json.loads(json.dumps(iterator.get_state()))
+  expected = _take(iterator, 30)
+  resumed = make()
+  resumed.set_state(state)
+  _assert_equal(_take(resumed, 30), expected)
+  shards = [make(shard_index=i, shard_count=2) for i in range(2)]
+  for shard in shards:
+    shard.set_state(state)
+  parts = [_take(shard, 30) for shard in shards]
+  for whole, *some in zip(expected, *parts, strict=True):
+    rows = np.concatenate([s['tokens'] for s in some])
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, whole['tokens']))
+
+
+def test_a_part_of_a_mixture_without_a_row_is_a_user_error(mixture, tiny):
+  with pytest.raises(errors.UserError, match='Part 2 of the mixed text fills'):
+    pipeline.make_dataset(mixture[:30], tiny, 4, LENGTH, 0, weights=(1, 1))
+
+
+def test_tokens_that_documents_bring_are_read_and_cached(tiny, tmp_path):
+  the = [tiny.pieces.index(p) for p in 'the']
+  make = lambda **fields: [sources.Document('d', 'the', **fields)]
+  kinds = [
+      make(), make(tokens=np.array(the, np.int32)), make(has_controls=True)
+  ]
+  assert len({pipeline.digest(some, tiny) for some in kinds}) == 3
+  for _ in range(2):
+    read = [pipeline.tokenize(some, tiny, tmp_path) for some in kinds]
+    assert read[1].tolist() == [tiny.bos_id, *the]
+    assert read[0].tolist() == [tiny.bos_id, *tiny.encode('the')]
+
+
 def test_the_cache_gives_the_same_tokens(documents, tiny, tmp_path):
   calls = []
 

@@ -1,5 +1,6 @@
 """Sources: what they hold, how they split, and that nothing leaks."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -81,6 +82,103 @@ def test_jsonl_reads_the_named_field(tmp_path):
   bodies = sources.load(f'jsonl:{path}#field=body&limit=2')
   assert [d.text for d in bodies] == [r['body'] for r in records[:2]]
   assert bodies[1].name == f'{path}:3'
+
+
+def _write(path, *records):
+  path.write_text('\n'.join(map(json.dumps, records)))
+  return path
+
+
+def _turns(*contents):
+  roles = ('user', 'assistant') * len(contents)
+  return {'messages': [
+      {'role': r, 'content': c} for r, c in zip(roles, contents)
+  ]}
+
+
+def test_conversations_become_turns_of_control_tokens(tmp_path):
+  path = _write(tmp_path / 'x.jsonl', _turns('Hi', 'Ho'), _turns('So?'))
+  both = sources.load(f'chat:{path}')
+  # Short as they are, they are whole.
+  assert [d.name for d in both] == [f'{path}:1', f'{path}:2']
+  tiny = tokenizer.tiny_tokenizer()
+  start, end = 4, tiny.end_of_turn_id
+  plain = lambda text: tiny.encode(text).tolist()
+  assert sources.encode(both, tiny)[0].tolist() == [
+      start, *plain('user\nHi'), end, *plain('\n'),
+      start, *plain('model\nHo'), end, *plain('\n'),
+  ]
+  # The same text from elsewhere is these characters.
+  same = _write(tmp_path / 'y.jsonl', {'text': both[0].text * 9})
+  (document,) = sources.load(f'jsonl:{same}')
+  assert end not in sources.encode([document], tiny)[0]
+
+
+def test_sampled_text_comes_back_token_by_token(tmp_path):
+  tiny = tokenizer.tiny_tokenizer()
+  # 'the' letter by letter and a lone byte: no tokenizer reads so.
+  pieces = ['<start_of_turn>', 't', 'h', 'e', '<0xE2>', '<end_of_turn>']
+  ids = [tiny.pieces.index(p) for p in pieces]
+  text = tiny.decode(ids, specials=True)
+  path = _write(
+      tmp_path / 'x.jsonl', {'text': text, 'gemma_tokens': ids},
+      {'text': '', 'gemma_tokens': []}, {'text': 'plain ' * 50},
+  )
+  sampled, plain = sources.load(f'jsonl:{path}')
+  assert sampled.text == '<start_of_turn>the\ufffd<end_of_turn>'
+  found = sources.encode([plain, sampled], tiny)
+  assert found[1].tolist() == ids
+  np.testing.assert_array_equal(found[0], tiny.encode(plain.text))
+  for wrong in (ids[:-1], [*ids[:-1], 512], ids[::-1]):
+    bad = dataclasses.replace(sampled, tokens=np.array(wrong, np.int32))
+    with pytest.raises(errors.UserError, match='x.jsonl:1 do not say'):
+      sources.encode([bad], tiny)
+  for wrong in (3, [1.5], [True], ['a'], [-1], [2**31], [[1]]):
+    path = _write(tmp_path / 'y.jsonl', {'text': 't', 'gemma_tokens': wrong})
+    with pytest.raises(errors.UserError, match='no list of token ids'):
+      sources.load(f'jsonl:{path}')
+
+
+def test_a_mixture_keeps_parts_and_weights(tmp_path):
+  for name in 'abc':
+    (tmp_path / f'{name}.txt').write_text(f'{name} says so ' * 30)
+  part = lambda name: f'files:{tmp_path}/{name}.txt'
+  source = f'0.7*{part("a")} + 3e-1 * {part("[bc]")}'
+  assert sources.weights(source) == (0.7, 0.3)
+  assert [d.part for d in sources.load(source)] == [0, 1, 1]
+  assert sources.weights(f'{part("a")} + {part("b")}') is None
+  for wrong, said in (
+      (f'0.5*{part("a")} + {part("b")}', 'weights for some of its parts'),
+      (f'0*{part("a")} + 1*{part("b")}', 'has the weight 0:'),
+      (f'1.2.3*{part("a")}', 'has the weight 1.2.3'),
+  ):
+    with pytest.raises(errors.UserError, match=said):
+      sources.load(wrong)
+
+
+def test_a_mixture_is_split_and_disjoint_part_by_part(tmp_path):
+  for i, document in enumerate(_documents(80)):
+    folder = tmp_path / ('large' if i < 50 else 'small')
+    folder.mkdir(exist_ok=True)
+    (folder / f'{document.name}.txt').write_text(document.text)
+  source = f'1*files:{tmp_path}/large/* + 9*files:{tmp_path}/small/*'
+  train, held_out = sources.load_pair(source, source, fraction=0.3)
+  assert len(train) + len(held_out) == 80
+  for side in (train, held_out):
+    assert {d.part for d in side} == {0, 1}
+  train, _ = sources.load_pair(source, f'files:{tmp_path}/small/*')
+  assert {d.part for d in train} == {0}
+
+
+def test_a_conversation_that_shares_text_is_left_out_whole(tmp_path):
+  shared, other = (d.text for d in _documents(2))
+  turns = _write(
+      tmp_path / 'x.jsonl', _turns('Why?\n\n' + shared, 'So.'),
+      _turns('Why?', other),
+  )
+  held = _write(tmp_path / 'held.jsonl', {'text': shared})
+  train, _ = sources.load_pair(f'chat:{turns}', f'jsonl:{held}')
+  assert [d.name for d in train] == [f'{turns}:2']
 
 
 def test_wrong_sources_are_user_errors(tmp_path):

@@ -124,6 +124,10 @@ def test_specials_are_text_unless_asked_for(tiny):
   ids = tiny.encode(text, specials=True)
   assert ids[0] == 4 and ids[-2] == tiny.end_of_turn_id
   assert tiny.decode(ids) == 'user\nHi\n'
+  assert tiny.decode(ids, specials=True) == text
+  # Bytes that a mark divides are no character, whichever way they are read.
+  halves = [*tiny.encode('\u20ac')[:2], 4, *tiny.encode('\u20ac')[2:]]
+  assert tiny.decode(halves, specials=True).count('<start_of_turn>') == 1
 
 
 def test_bos_is_first_and_only_on_request(tiny):
