@@ -62,7 +62,8 @@ def make_plain_step(case: training_step.Case):
     kl = losses.kl_from_logits(
         logits(quantized, batch['tokens']), logits(teacher, batch['tokens'])
     )
-    return jnp.sum(kl * batch['mask']), jnp.sum(batch['mask'])
+    total = jnp.sum(kl * batch['mask'])
+    return step_lib.Sums(total, total, jnp.sum(batch['mask']))
 
   trained = case.job.state.trained
   groups = student_lib.groups(
