@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from gemma_qat import losses
-from gemma_qat.training import settings
+from gemma_qat.training import machine
 
 
 def main(argv=None):
@@ -35,7 +35,7 @@ def main(argv=None):
   add('--dtype', default='auto', help='of the products and the heads')
   add('--train_head', action='store_true')
   a = parser.parse_args(argv)
-  dtype = jnp.dtype(settings.fast_dtype() if a.dtype == 'auto' else a.dtype)
+  dtype = jnp.dtype(machine.fast_dtype() if a.dtype == 'auto' else a.dtype)
   other = {'products': make_products, 'logits': make_materialised}[a.against]
   block = a.block or losses.choose_block(a.tokens, a.width)
   block = min(block, a.vocabulary)

@@ -25,6 +25,7 @@ from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.quant import lattice
+from gemma_qat.training import machine
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
@@ -92,8 +93,8 @@ def analyse(sizes: model_config.ModelConfig, s: settings.Settings):
       lambda t: step_lib.init_state(t, optimizer), trained
   )
   loss = step_lib.make_loss(
-      settings.make_model(sizes, s.compute, lattice.make_intercept(plan)),
-      settings.make_model(sizes, s.compute, transformer.identity),
+      machine.make_model(sizes, s.compute, lattice.make_intercept(plan)),
+      machine.make_model(sizes, s.compute, transformer.identity),
       s.compute.kl_block, train_head=True,
   )
   step = step_lib.make_step(loss, optimizer, groups, s.train.accumulate)

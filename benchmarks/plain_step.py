@@ -19,8 +19,8 @@ from gemma_qat import losses
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.quant import lattice
+from gemma_qat.training import machine
 from gemma_qat.training import optimizer as optimizer_lib
-from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
 from gemma_qat.training import student as student_lib
 
@@ -51,7 +51,7 @@ def make_plain_step(case: training_step.Case):
   _, plan = student_lib.settle(case.job.frozen, case.plan)
   s = case.settings
   intercept = lattice.make_intercept(plan)
-  model = settings.make_model(case.config, s.compute, transformer.identity)
+  model = machine.make_model(case.config, s.compute, transformer.identity)
 
   def logits(tree, tokens):
     hidden = model.apply({'params': tree}, tokens)

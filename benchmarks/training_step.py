@@ -18,6 +18,7 @@ from gemma_qat.checkpoints import random_weights
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights
 from gemma_qat.training import job as job_lib
+from gemma_qat.training import machine
 from gemma_qat.training import settings
 from gemma_qat.training import starts
 from gemma_qat.training import student as student_lib
@@ -97,7 +98,7 @@ def describe(a: argparse.Namespace) -> str:
 
 def resolved_dtype(a: argparse.Namespace) -> str:
   """Returns the dtype of the products, 'auto' resolved for this machine."""
-  return settings.fast_dtype() if a.dtype == 'auto' else a.dtype
+  return machine.fast_dtype() if a.dtype == 'auto' else a.dtype
 
 
 def make_case(a: argparse.Namespace, mode: str | None) -> Case:

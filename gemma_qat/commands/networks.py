@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
-from gemma_qat.training import settings
+from gemma_qat.training import machine
 
 
 def load(checkpoint: checkpoints.Checkpoint, dtype: str = 'float32'):
@@ -23,6 +23,6 @@ def load(checkpoint: checkpoints.Checkpoint, dtype: str = 'float32'):
   )
   model = transformer.Transformer(
       checkpoint.config, dtype=jnp.dtype(dtype), remat='none',
-      attention=settings.fast_attention(checkpoint.config, dtype),
+      attention=machine.fast_attention(checkpoint.config, dtype),
   )
   return model, jax.tree.map(jnp.asarray, params)

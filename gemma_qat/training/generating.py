@@ -27,10 +27,10 @@ from gemma_qat.model import batch_sampling
 from gemma_qat.model import transformer
 from gemma_qat.model import weights
 from gemma_qat.training import job
+from gemma_qat.training import machine
 from gemma_qat.training import metrics
 from gemma_qat.training import sampled_file
 from gemma_qat.training import sampled_text
-from gemma_qat.training import settings
 from gemma_qat.training import stopping
 
 
@@ -69,7 +69,7 @@ def generate(
     documents = len(prompts)
   rules = sampled_text.rules(s, tokenizer)
   mesh = sharding.make_mesh()
-  dtype = settings.fast_dtype() if s.dtype == 'auto' else s.dtype
+  dtype = machine.fast_dtype() if s.dtype == 'auto' else s.dtype
   _check_sizes(checkpoint.config, s, dtype, mesh.size)
   file = sampled_file.SampledFile(path, dataclasses.asdict(s) | {
       'dtype': dtype,

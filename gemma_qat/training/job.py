@@ -22,12 +22,13 @@ from gemma_qat.training import calibration
 from gemma_qat.training import codes
 from gemma_qat.training import folding
 from gemma_qat.training import gathering
+from gemma_qat.training import machine
 from gemma_qat.training import metrics
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import saving
 from gemma_qat.training import settings
-from gemma_qat.training import step as step_lib
 from gemma_qat.training import starts
+from gemma_qat.training import step as step_lib
 from gemma_qat.training import student as student_lib
 
 
@@ -88,11 +89,11 @@ def make_program(
 
   def model(intercept, plan):
     if is_alone:
-      return settings.make_model(config, s.compute, intercept)
+      return machine.make_model(config, s.compute, intercept)
     gather = gathering.make_gather(
         intercept, plan, mesh, config, s.mesh.gather, s.compute.dtype
     )
-    return settings.make_model(
+    return machine.make_model(
         config, s.compute, gather, constrain=sharding.make_constrain(mesh)
     )
 
@@ -240,7 +241,7 @@ def start(
   grams = None
   if s.quant.start != 'reference' or s.quant.fold:
     batches = [b['tokens'] for b in calibrating()]
-    model = settings.make_model(base.config, s.compute, transformer.identity)
+    model = machine.make_model(base.config, s.compute, transformer.identity)
     total = sum(b.size for b in batches)
     with metrics.Progress('calibrate', total) as progress:
       grams = calibration.gather_grams(

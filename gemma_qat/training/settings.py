@@ -5,22 +5,18 @@ these frozen values.
 """
 
 import dataclasses
-import functools
 import pathlib
-import sys
 from typing import Mapping, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 
 from gemma_qat import distances
 from gemma_qat import errors
 from gemma_qat.model import attention
-from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
+from gemma_qat.training import machine
 from gemma_qat.training import moments
 
 Rules = tuple[tuple[str, str | None], ...]
@@ -271,7 +267,10 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
   _choice('config.quant.straight_through', s.straight_through,
           ('auto', *lattice.STRAIGHT_THROUGH))
   for _, mode in s.modes:
-    lattice.check_mode(mode)
+    try:
+      lattice.check_mode(mode)
+    except errors.UserError as error:
+      raise errors.UserError(f'config.quant.modes: {error}') from error
   return s
 
 
@@ -337,7 +336,7 @@ def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
   """Checks and freezes `config.compute`; resolves the 'auto' of the dtype."""
   s = ComputeSettings(**config.compute.to_dict())
   if s.dtype == 'auto':
-    s = dataclasses.replace(s, dtype=fast_dtype())
+    s = dataclasses.replace(s, dtype=machine.fast_dtype())
   _choice('config.compute.dtype', s.dtype, ('bfloat16', 'float32'))
   _choice('config.compute.residual_dtype', s.residual_dtype,
           ('bfloat16', 'float32'))
@@ -350,70 +349,6 @@ def compute(config: ml_collections.ConfigDict) -> ComputeSettings:
     )
   transformer.remat_policy(s.remat)
   return s
-
-
-def make_model(
-    config: model_config.ModelConfig,
-    compute_settings: ComputeSettings,
-    intercept: transformer.Intercept,
-    constrain: transformer.Constrain = transformer.unconstrained,
-) -> transformer.Transformer:
-  """Builds the network that these settings describe, here."""
-  s = compute_settings
-  if s.attention == 'auto':
-    s = dataclasses.replace(s, attention=fast_attention(config, s.dtype))
-  return transformer.Transformer(
-      config,
-      intercept=intercept,
-      constrain=constrain,
-      dtype=jnp.dtype(s.dtype),
-      residual_dtype=jnp.dtype(s.residual_dtype),
-      remat=s.remat,
-      attention=s.attention,
-      round_embedding_multiplier=s.round_embedding_multiplier,
-  )
-
-
-@functools.cache
-def fast_attention(config: model_config.ModelConfig, dtype: str) -> str:
-  """Chooses the implementation of `model.attention.attend` for this machine.
-
-  On a GPU, cuDNN is tried once for a model's heads; what it says instead of
-  serving them goes to stderr.
-  """
-  backend = jax.default_backend()
-  if backend == 'cpu':
-    # Cut over several devices, 'mapped' would gather every head on each.
-    return 'mapped' if jax.device_count() == 1 else 'blockwise'
-  if backend != 'gpu':
-    return 'blockwise'
-  obstacle = attention.why_not_cudnn(
-      config.num_heads, config.num_kv_heads, config.head_dim,
-      config.sliding_window, dtype,
-  )
-  if obstacle is None:
-    return 'cudnn'
-  print(f'Attention in blocks, since cuDNN does not serve it: {obstacle}',
-        file=sys.stderr, flush=True)
-  return 'blockwise'
-
-
-def fast_dtype() -> str:
-  """Chooses bfloat16 products where the machine has instructions for them.
-
-  Accelerators do; of x86 CPUs those with AVX512-BF16 or AMX (twice to five
-  times the rate of float32). Elsewhere bfloat16 is emulated, slower than
-  float32.
-  """
-  if jax.default_backend() != 'cpu':
-    return 'bfloat16'
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as f:
-      flags = f.read()
-  except OSError:
-    return 'float32'
-  fast = 'avx512_bf16' in flags or 'amx_bf16' in flags
-  return 'bfloat16' if fast else 'float32'
 
 
 def _choice(field, value, allowed):

@@ -8,6 +8,7 @@ from experiments.configs import base
 from gemma_qat import errors
 from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
+from gemma_qat.training import machine
 from gemma_qat.training import settings
 
 
@@ -23,7 +24,7 @@ def _config(**changes):
 @pytest.mark.parametrize('read, changes, message', [
     (settings.quant, {'quant__rules': ((r'.', 'q3'),)}, "format 'q3'.*q4_0"),
     (settings.quant, {'quant__modes': ((r'.', 'frozen'),)},
-     "quant.modes: 'frozen' is not one of derived, learned"),
+     "quant.modes: Unknown mode 'frozen': choose one of derived, learned"),
     (settings.quant, {'quant__start': 'awq'}, "quant.start: 'awq'.*gptq"),
     (settings.quant, {'quant__bf16_safe_scales': True,
                       'quant__rules': ((r'.', 'q8_0'),)},
@@ -60,28 +61,28 @@ def test_auto_is_resolved_for_this_machine():
   s = settings.compute(
       _config(compute__dtype='auto', compute__attention='auto')
   )
-  assert s.dtype == settings.fast_dtype()
+  assert s.dtype == machine.fast_dtype()
   config = model_config.variant('tiny')
-  model = settings.make_model(config, s, transformer.identity)
-  assert model.attention == settings.fast_attention(config, s.dtype)
+  model = machine.make_model(config, s, transformer.identity)
+  assert model.attention == machine.fast_attention(config, s.dtype)
 
 
 @pytest.mark.skipif(jax.default_backend() == 'gpu', reason='needs no GPU')
 def test_auto_attention_is_blockwise_on_several_devices():
   assert jax.device_count() == 8
   config = model_config.variant('270m')
-  assert settings.fast_attention(config, 'float32') == 'blockwise'
+  assert machine.fast_attention(config, 'float32') == 'blockwise'
 
 
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a GPU')
 def test_auto_attention_on_a_gpu_is_cudnn_or_says_why_not(capsys):
-  settings.fast_attention.cache_clear()
+  machine.fast_attention.cache_clear()
   config = model_config.variant('270m')
-  found = settings.fast_attention(config, 'bfloat16')
+  found = machine.fast_attention(config, 'bfloat16')
   lines = capsys.readouterr().err.splitlines()
   assert (found, len(lines)) in [('cudnn', 0), ('blockwise', 1)]
   # cuDNN's kernel knows no float32.
-  assert settings.fast_attention(config, 'float32') == 'blockwise'
+  assert machine.fast_attention(config, 'float32') == 'blockwise'
   assert 'cuDNN does not serve it' in capsys.readouterr().err
 
 
@@ -91,7 +92,7 @@ def test_the_model_is_what_the_settings_say():
       compute__attention='xla', compute__round_embedding_multiplier=True,
   ))
   config = model_config.variant('tiny')
-  assert settings.make_model(config, s, transformer.identity) == (
+  assert machine.make_model(config, s, transformer.identity) == (
       transformer.Transformer(
           config, transformer.identity, dtype=jnp.dtype('bfloat16'),
           residual_dtype=jnp.dtype('float32'), remat='products',
