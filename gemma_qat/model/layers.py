@@ -78,19 +78,23 @@ def _dot(x, y, axis_x, axis_y):
   )
 
 
-def gram(x, contraction):
+def gram(x, contraction, dtype=jnp.float32):
   """Sums outer products of the inputs of a matrix over all tokens.
 
   Args:
     x: [..., inputs...].
     contraction: number of input axes.
+    dtype: of the inputs, as the matrix's own product takes them; sums are
+      float32.
 
   Returns:
     float32 [C, C], C the product of the input axes.
   """
   length = math.prod(x.shape[x.ndim - contraction :])
-  rows = x.reshape(-1, length).astype(jnp.float32)
-  return rows.T @ rows
+  rows = x.reshape(-1, length).astype(dtype)
+  return lax.dot_general(
+      rows, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+  )
 
 
 def rms_norm(x, gain, epsilon):

@@ -81,7 +81,8 @@ class Transformer(nn.Module):
     Returns:
       [B, L, D] in `residual_dtype`; with a cache also the cache, filled.
       Where the collection 'gram' is mutable, it receives the second moments
-      [C, C] of every matrix's inputs, summed over tokens.
+      [C, C] of matrices' inputs, summed over tokens: under the name of the
+      first of those that share their inputs (`READERS`).
     """
     c = self.config
     if positions is None:
@@ -118,6 +119,13 @@ class Transformer(nn.Module):
     return x if cache is None else (x, new_cache)
 
 
+# The matrices of a layer that read the same inputs, by the first of them.
+READERS: Mapping[str, tuple[str, ...]] = {
+    'attn_q': ('attn_q', 'attn_k', 'attn_v'),
+    'attn_o': ('attn_o',),
+    'mlp_gate': ('mlp_gate', 'mlp_up'),
+    'mlp_down': ('mlp_down',),
+}
 _STREAM = ('batch', 'length', 'width')
 _HEADS = ('batch', 'length', 'heads', 'head_dim')
 _KV_HEADS = ('batch', 'length', 'kv_heads', 'head_dim')
@@ -177,8 +185,8 @@ class _Block(nn.Module):
     put = self.settings.constrain
 
     def product(y, name):
-      if self.is_mutable_collection('gram'):
-        self.sow('gram', name, layers.gram(y, specs[name].contraction),
+      if name in READERS and self.is_mutable_collection('gram'):
+        self.sow('gram', name, layers.gram(y, specs[name].contraction, dtype),
                  init_fn=lambda: 0.0, reduce_fn=lambda old, new: old + new)
       return layers.contract(y, w[name], specs[name].contraction, dtype)
 

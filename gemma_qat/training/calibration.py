@@ -33,7 +33,7 @@ def gather_grams(
   def read(params, tokens):
     hidden, grams = model.apply({'params': params}, tokens, mutable=['gram'])
     # What the head, which is the embedding, multiplies with.
-    return {**grams['gram'], 'embedding': layers.gram(hidden, 1)}
+    return {**grams['gram'], 'embedding': layers.gram(hidden, 1, model.dtype)}
 
   total, tokens = None, 0
   for batch in batches:
@@ -44,4 +44,9 @@ def gather_grams(
   if total is None:
     raise ValueError('No batch to calibrate on.')
   mean = jax.tree.map(lambda x: np.asarray(x) / tokens, total)
-  return traverse_util.flatten_dict(mean, sep='/')
+  found = {}
+  for path, gram in traverse_util.flatten_dict(mean, sep='/').items():
+    layer, slash, name = path.rpartition('/')
+    for reader in transformer.READERS.get(name, (name,)):
+      found[f'{layer}{slash}{reader}'] = gram
+  return found
