@@ -80,7 +80,7 @@ def train(
   share = sharding.share(mesh, s.train.batch_size)
   text = text_lib.read(config, base, workdir, share)
 
-  with saving.Saver(workdir, s.train.keep) as saver, stopping.Signal() as stop:
+  with saving.Saver(workdir, s.train.keep) as saver:
     # The one place that decides where the student comes from.
     optimizer_leaves = None
     if saver.latest is not None:
@@ -94,6 +94,8 @@ def train(
     with (
         contextlib.closing(kind(workdir, first)) as writer,
         tracing.Trace(workdir, profile, first) as trace,
+        # Before, there is nothing to save: a signal ends it at once.
+        stopping.Signal() as stop,
     ):
       job = None
       for last, is_resting in _stages(s.train, first):
