@@ -18,11 +18,11 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = ('270m', '1b', '4b', '12b', '12b_scales', '27b')
 # Rows beside those of the configs' DEVICES: (size, variant, name, changes).
-_ONE_ROW = '--config.train.accumulate=8'
 EXTRA = (
-    ('4b', 'h100-1', 'int8', ('--config.optimizer.moments=int8', _ONE_ROW)),
-    ('4b', 'h100-1', 'adafactor', (
-        '--config.optimizer.name=adafactor', _ONE_ROW)),
+    ('4b', 'h100-1', 'int8', ('--config.optimizer.moments=int8',)),
+    ('4b', 'h100-1', 'int8-in-parts', (
+        '--config.optimizer.moments=int8', '--config.train.accumulate=8')),
+    ('4b', 'h100-1', 'adafactor', ('--config.optimizer.name=adafactor',)),
     ('27b', 'v5p-2x2x4', 'codes', ('--config.mesh.gather=codes',)),
     ('27b', 'h100-8', 'bfloat16', ('--config.optimizer.moments=bfloat16',)),
 )
