@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_qat import compiled
+from gemma_qat import heads
 from gemma_qat import losses
 
 T, D, V = 13, 24, 640
@@ -221,7 +222,7 @@ def test_on_any_mesh_values_and_gradients_are_the_same(
         sizes, ('data', 'fsdp', 'tensor'),
         axis_types=3 * (jax.sharding.AxisType.Auto,),
     )
-    placement = losses.Placement(mesh, ('data', 'fsdp'), 'tensor', 'fsdp')
+    placement = heads.Placement(mesh, ('data', 'fsdp'), 'tensor', 'fsdp')
 
   def loss(kl, student, node):
     if is_quantized:
@@ -253,7 +254,7 @@ def test_a_mesh_gathers_a_head_block_by_block_and_sums_once():
       (1, 2, 4), ('data', 'fsdp', 'tensor'),
       axis_types=3 * (jax.sharding.AxisType.Auto,),
   )
-  placement = losses.Placement(mesh, ('data', 'fsdp'), 'tensor', 'fsdp')
+  placement = heads.Placement(mesh, ('data', 'fsdp'), 'tensor', 'fsdp')
   where = lambda *axes: jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec(*axes)
   )

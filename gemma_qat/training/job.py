@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat import distances
+from gemma_qat import heads
 from gemma_qat import hosts
-from gemma_qat import losses
 from gemma_qat import sharding
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
@@ -102,7 +102,7 @@ def make_program(
       model(transformer.identity, {}),
       s.compute.kl_block or None,
       train_head=_trains_head(groups),
-      placement=None if is_alone else losses.Placement(
+      placement=None if is_alone else heads.Placement(
           mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
       ),
       options=options,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma_qat import distances
+from gemma_qat import heads
 from gemma_qat import losses
 from gemma_qat.training import student as student_lib
 
@@ -37,7 +38,7 @@ def make_loss(
     teacher_model,
     kl_block: int | None,
     train_head: bool,
-    placement: losses.Placement | None = None,
+    placement: heads.Placement | None = None,
     options: distances.Options | None = None,
 ):
   """Builds the distance between student and teacher on one batch.
