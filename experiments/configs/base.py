@@ -120,6 +120,15 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.evaluation.chunks = 40
   # Chunks that JAX scores beside llama.cpp.
   c.evaluation.jax_chunks = 8
+  # What base, PTQ and QAT continue in the report, so many tokens of each; in
+  # turns where the checkpoint has a chat template.
+  c.evaluation.prompts = (
+      'The capital of France is',
+      'def fibonacci(n):\n',
+      'The three most important ideas of physics are',
+      'Once upon a time, in a small town by the sea,',
+  )
+  c.evaluation.sample_tokens = 40
   return finish(c, variant)
 
 
@@ -158,6 +167,7 @@ def finish(
     c.evaluation.context = 64
     c.evaluation.chunks = 4
     c.evaluation.jax_chunks = 4
+    c.evaluation.sample_tokens = 4
   elif variant:
     known = ', '.join(f':{name}' for name in ('tiny', *devices))
     raise ValueError(

@@ -11,11 +11,14 @@ import ml_collections
 
 from gemma_qat import hosts
 from gemma_qat.checkpoints import atomic
+from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
 from gemma_qat.commands import config_flags
 from gemma_qat.commands import evaluate
 from gemma_qat.commands import job_flags
+from gemma_qat.data import chat
+from gemma_qat.evaluation import llama_engine
 from gemma_qat.reporting import report as reporting
 from gemma_qat.reporting import tables
 from gemma_qat.training import loop
@@ -109,6 +112,7 @@ def run(
     _, by_jax = evaluate.evaluate(
         files, text, e.context, e.jax_chunks, 'base', engine='jax'
     )
+    samples = _samples(config, files)
   report = reporting.make_report(
       model=f'Gemma 3 {detect.load(config.model.checkpoint).config.variant}',
       device=workdirs.device_name(),
@@ -124,6 +128,7 @@ def run(
       },
       jax=by_jax,
       on_jax_chunks=same or None,
+      samples=samples,
   )
   reporting.write(workdir, report, metrics.read(workdir))
   return report, fidelities
@@ -142,6 +147,23 @@ def _export(config, workdir, step):
   export.quantize(given, files['ptq'], choices)
   export.export(trained, files['qat'])
   return files, formats['embedding'] or 'f16'
+
+
+def _samples(config, files):
+  """What base, PTQ and QAT say to the config's prompts."""
+  prompts, count = config.evaluation.prompts, config.evaluation.sample_tokens
+  tokenizer = checkpoints.tokenizer(detect.load(config.model.checkpoint))
+  # What was trained to speak in turns is asked in one.
+  speaks = tokenizer.chat_template is not None
+  ask = lambda text: chat.render(
+      [{'role': 'user', 'content': text}], 'config.evaluation.prompts'
+  ) + chat.MODEL_BEGINS
+  tokens = [
+      tokenizer.encode(ask(p) if speaks else p, bos=True, specials=speaks)
+      for p in prompts
+  ]
+  said = llama_engine.continue_all(files, tokens, count) if count else []
+  return [{'prompt': p, **texts} for p, texts in zip(prompts, said)]
 
 
 def _training(config, workdir, step, embedding):

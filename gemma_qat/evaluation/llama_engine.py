@@ -1,6 +1,6 @@
 """How faithful are GGUF files when llama.cpp runs them?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import os
 
@@ -9,6 +9,30 @@ import numpy as np
 from gemma_qat import errors
 from gemma_qat.evaluation import llama_cpp
 from gemma_qat.evaluation import protocol
+
+
+def continue_all(
+    paths: Mapping[str, str | os.PathLike],
+    prompts: Sequence[np.ndarray],
+    max_tokens: int,
+) -> list[dict[str, str]]:
+  """Lets every model continue every prompt, taking the likeliest token.
+
+  Args:
+    paths: name -> GGUF file; one is loaded at a time.
+    prompts: integers [n] each, with BOS.
+    max_tokens: of a continuation.
+
+  Returns:
+    For each prompt {name: its continuation}.
+  """
+  said = [{} for _ in prompts]
+  context = max(map(len, prompts), default=0) + max_tokens
+  for name, path in paths.items():
+    with llama_cpp.LlamaCpp(path, context) as model:
+      for texts, prompt in zip(said, prompts):
+        texts[name] = model.text(model.generate(prompt, max_tokens))
+  return said
 
 
 def evaluate(

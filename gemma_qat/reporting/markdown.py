@@ -36,6 +36,7 @@ def render_markdown(
       '## How it was measured',
       _protocol(report),
       _jax(report),
+      _samples(report.get('samples', ())),
       '## Training',
       _training_table(report),
       f'![Training and held-out loss]({plots["loss"]})',
@@ -134,6 +135,26 @@ def _jax(report):
           _fidelity_table(same),
       )),
   ))
+
+
+def _samples(samples):
+  """What the models said, side by side; line breaks are shown as ⏎."""
+  if not samples:
+    return ''
+  one_line = lambda text: ' ⏎ '.join(
+      line.strip() for line in text.strip().splitlines() if line.strip()
+  ) or '(nothing)'
+  parts = [
+      '## What they say',
+      'The likeliest token each time, so that one that differs changes all '
+      'that follow: differences here say less than the divergences above.',
+  ]
+  for sample in samples:
+    parts.append(table(
+        (f'“{one_line(sample["prompt"])}”', 'goes on'),
+        [(_NAMES[k], one_line(sample[k])) for k in _NAMES if k in sample],
+    ).replace('|---|---:|', '|---|---|'))
+  return '\n\n'.join(parts)
 
 
 def _training_table(report):

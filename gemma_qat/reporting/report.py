@@ -79,6 +79,7 @@ def make_report(
     file_bytes: Mapping[str, int],
     jax: Fidelities | None = None,
     on_jax_chunks: Fidelities | None = None,
+    samples: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
   """Assembles the numbers of a run.
 
@@ -92,6 +93,7 @@ def make_report(
     jax: the same three models by the JAX engine, at the same context; perhaps
       on fewer chunks of the same text.
     on_jax_chunks: by llama.cpp again, on the very chunks that JAX read.
+    samples: 'prompt' and what each model said to it, by its name.
 
   Returns:
     What `report.json` holds: only dicts, lists, strings, numbers and None.
@@ -117,6 +119,7 @@ def make_report(
       'llama_cpp_on_jax_chunks': (
           None if on_jax_chunks is None else _figures(on_jax_chunks)
       ),
+      'samples': [dict(s) for s in samples],
       'seconds_by_phase': {
           k: v for k, v in seconds.items() if k != 'total'
       },

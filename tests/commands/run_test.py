@@ -44,6 +44,15 @@ def test_the_report_has_the_agreed_keys(finished):
   assert report['ppl'] == stored['ppl']
 
 
+def test_the_report_shows_what_the_models_say(finished):
+  workdir, report, config = finished
+  assert [s['prompt'] for s in report['samples']] == list(
+      config.evaluation.prompts
+  )
+  assert all({'base', 'ptq', 'qat'} < set(s) for s in report['samples'])
+  assert 'The capital of France is' in (workdir / 'report.md').read_text()
+
+
 def test_training_brings_the_student_closer(finished):
   workdir, report, _ = finished
   heldout = [
