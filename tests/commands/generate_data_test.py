@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gemma_qat import __main__ as cli
+from gemma_qat import errors
 from gemma_qat.checkpoints import detect
 from gemma_qat.commands import config_flags
 from gemma_qat.data import sources
@@ -108,7 +109,7 @@ def test_sigterm_stops_after_what_is_written(whole, one_layer, tmp_path):
   killer = threading.Thread(target=terminate)
   killer.start()
   try:
-    assert _generate(one_layer, path, '--tokens=1e9') == cli.STOPPED
+    assert _generate(one_layer, path, '--tokens=1e9') == errors.Stopped.exit_code
   finally:
     gone.set()
     killer.join()
