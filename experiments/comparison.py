@@ -20,6 +20,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import gguf
 from matplotlib import figure
 
 from gemma_qat.checkpoints import atomic
@@ -118,7 +119,7 @@ def make_files(a, tools) -> dict[str, pathlib.Path]:
   """Makes what is missing of the base and of llama-quantize's files."""
   base = a.work / 'base-bf16.gguf'
   if not base.exists():
-    ours(['convert', f'--from={a.model}', f'--to={base}', '--format=bf16'])
+    run_own(['convert', f'--from={a.model}', f'--to={base}', '--format=bf16'])
   imatrix = a.work / 'imatrix.gguf'
   if not imatrix.exists():
     text = a.work / 'calibration.txt'
@@ -159,9 +160,8 @@ def speed(tools, file) -> dict[str, float]:
 
 def types(file) -> str:
   """How many tensors of each type a file has, matrices only."""
-  from gguf import GGUFReader  # pylint: disable=g-import-not-at-top
   counts = {}
-  for tensor in GGUFReader(file).tensors:
+  for tensor in gguf.GGUFReader(file).tensors:
     if len(tensor.shape) > 1:
       name = tensor.tensor_type.name
       counts[name] = counts.get(name, 0) + 1
@@ -236,7 +236,7 @@ def run(command) -> str:
   return done.stdout
 
 
-def ours(arguments) -> None:
+def run_own(arguments) -> None:
   """Runs a command of ours."""
   run([sys.executable, '-m', 'gemma_qat', *arguments])
 

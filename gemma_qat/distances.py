@@ -5,11 +5,14 @@ what it is compared with: they hold the logits of some tokens at a time, which
 are computed anew for the gradient (four products with each head, not three).
 """
 
+import functools
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from gemma_qat import losses
 
 # Arrays [tokens, V] in float32 that live at the same time, as a round figure,
 # and what they may take together, in bytes.
@@ -39,15 +42,9 @@ class Options(NamedTuple):
     )
 
 
-def forward_kl(student, teacher):
-  """KL(teacher || student) of logits [..., V] -> [...], in nats."""
-  log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
 def reverse_kl(student, teacher):
   """KL(student || teacher): punishes what the teacher would not say."""
-  return forward_kl(teacher, student)
+  return losses.kl_from_logits(teacher, student)
 
 
 def jensen_shannon(student, teacher):
@@ -84,7 +81,7 @@ def hidden(student, teacher):
 
 
 _OF_LOGITS: Mapping[str, Callable[..., jax.Array]] = {
-    'forward_kl': forward_kl,
+    'forward_kl': losses.kl_from_logits,
     'reverse_kl': reverse_kl,
     'jensen_shannon': jensen_shannon,
 }
@@ -169,8 +166,10 @@ def _distance(
   )
   s, t = logits(student, head), logits(teacher, teacher_head)
   warmth = options.temperature
-  terms = {
-      'top_k': lambda: warmth**2 * top_k(s / warmth, t / warmth, options.top_k),
+  of_logits = {
+      **_OF_LOGITS, 'top_k': functools.partial(top_k, k=options.top_k)
+  }
+  others = {
       'cross_entropy': lambda: jnp.where(
           has_label, cross_entropy(s, labels), 0.0
       ),
@@ -178,9 +177,9 @@ def _distance(
   }
   total = jnp.zeros(len(student))
   for name, weight in options.terms:
-    if name in _OF_LOGITS:
-      value = warmth**2 * _OF_LOGITS[name](s / warmth, t / warmth)
+    if name in of_logits:
+      value = warmth**2 * of_logits[name](s / warmth, t / warmth)
     else:
-      value = terms[name]()
+      value = others[name]()
     total += weight * value
-  return total, forward_kl(s, t)
+  return total, losses.kl_from_logits(s, t)

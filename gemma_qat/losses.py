@@ -173,9 +173,7 @@ def _forward(student, teacher, head, teacher_head, how):
     return _kl(sums), slope, log_z.T
 
   def value_and_slope(student, teacher, *pair):
-    size = choose_tokens(
-        len(student), len(pair[1]), how.dtype
-    )
+    size = choose_tokens(len(student), len(pair[1]), how.dtype)
     out = [
         lax.scan(lambda _, x: ((), some_tokens(*x, pair)), (), part)[1]
         for part in _cut((student, teacher), size)

@@ -8,6 +8,7 @@ import pytest
 from scipy import special
 
 from gemma_qat import distances
+from gemma_qat import losses
 
 T, D, V = 11, 6, 40
 
@@ -128,7 +129,7 @@ def test_a_head_that_is_trained_gets_its_gradient():
       _linear(options, (*inputs[:2], head, *inputs[3:]), 3)[0]
   )
   whole = lambda head: jnp.sum(
-      distances.forward_kl(inputs[0] @ head.T, inputs[1] @ inputs[3].T)
+      losses.kl_from_logits(inputs[0] @ head.T, inputs[1] @ inputs[3].T)
   )
   found, expected = (jax.grad(f)(inputs[2]) for f in (in_pieces, whole))
   np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -10,13 +10,13 @@ import dataclasses
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from typing import Any
 
 from gemma_qat import errors
+from gemma_qat.training import stopping
 
 _GPUS = 'CUDA_VISIBLE_DEVICES'
 # Seconds between two looks at what runs.
@@ -32,32 +32,16 @@ class Job:
   log: pathlib.Path
 
 
-class StopSignal:
+class StopSignal(stopping.Counter):
   """Counts SIGTERM and Ctrl-C, so that children can be stopped in turn."""
 
-  asked = 0
-
-  def __enter__(self):
-    self._old = {}
-    try:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._ask)
-    except ValueError:
-      pass  # Not the main thread: whoever runs us handles signals.
-    return self
-
-  def __exit__(self, *exception):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _ask(self, number, frame):
-    del number, frame
-    self.asked += 1
-    print(
+  def __init__(self):
+    # Not by `hosts`, which asks JAX for devices that the children need.
+    super().__init__(lambda times: print(
         'Stopping, as soon as every point has saved its step ...'
-        if self.asked == 1 else 'Stopping at once.',
+        if times == 1 else 'Stopping at once.',
         file=sys.stderr, flush=True,
-    )
+    ))
 
 
 def run(

@@ -38,6 +38,11 @@ class WeightSpec:
   contraction: int
 
   @property
+  def is_stacked(self) -> bool:
+    """Whether the first axis is one of layers."""
+    return self.axes[0] == 'layers'
+
+  @property
   def row_length(self) -> int:
     """Number of inputs of one output: the axis that blocks divide."""
     return math.prod(self.shape[len(self.shape) - self.contraction :])
@@ -128,9 +133,9 @@ def stack(c: model_config.ModelConfig, flat: Mapping[str, Any]) -> dict:
 def layer_names(c: model_config.ModelConfig, path: str) -> list[str]:
   """By-layer names of what stands at a path of the tree, in stacked order."""
   kind, _, rest = path.partition('/')
-  if not rest:
+  if kind not in ('groups', 'tail'):
     return [path]
-  layer, name = rest.split('/')
+  layer, _, name = rest.partition('/')
   first = int(layer.removeprefix('layer_'))
   if kind == 'tail':
     return [f'layer_{c.num_groups * c.pattern + first}/{name}']
@@ -147,17 +152,11 @@ def unstack(c: model_config.ModelConfig, tree: Mapping[str, Any]) -> dict:
   """
   flat = {}
   for path, array in traverse_util.flatten_dict(tree, sep='/').items():
-    kind, *rest = path.split('/')
-    if kind == 'groups':
-      first = int(rest[0].removeprefix('layer_'))
-      for g in range(c.num_groups):
-        name = '/'.join(rest[1:])
-        flat[f'layer_{g * c.pattern + first}/{name}'] = array[g]
-    elif kind == 'tail':
-      i = c.num_groups * c.pattern + int(rest[0].removeprefix('layer_'))
-      flat[f'layer_{i}/' + '/'.join(rest[1:])] = array
+    names = layer_names(c, path)
+    if path.startswith('groups/'):
+      flat |= {name: array[g] for g, name in enumerate(names)}
     else:
-      flat[path] = array
+      flat[names[0]] = array
   order = {name: i for i, name in enumerate(by_layer_specs(c))}
   weight = lambda name: name if name in order else name.rpartition('/')[0]
   return dict(sorted(flat.items(), key=lambda kv: order[weight(kv[0])]))

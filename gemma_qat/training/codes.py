@@ -13,7 +13,10 @@ from gemma_qat.quant import rules
 from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
-from gemma_qat.training import student as student_lib
+
+# One program for each shape.
+_quantized = jax.jit(lattice.quantized, static_argnums=(1, 2, 3))
+
 
 def moving(plan: Mapping[str, lattice.Entry], groups) -> list[str]:
   """Paths of the weights whose codes training can change.
@@ -55,13 +58,7 @@ def share_that_differs(codes, others):
 def quantized(leaves: Mapping[str, Any], path: str, entry):
   """Codes and scales at a path of {leaf path: leaf}; see `lattice.quantized`.
   """
-  node = leaves.get(path)
-  if node is None:
-    node = {
-        leaf.rpartition('/')[2]: x for leaf, x in leaves.items()
-        if leaf.rpartition('/')[0] == path
-    }
-  return lattice.quantized(node, *entry)
+  return lattice.quantized(_node(leaves, path, entry), *entry)
 
 
 def frozen_plan(plan: Mapping[str, lattice.Entry]):
@@ -87,9 +84,7 @@ def freeze(student: Mapping[str, Any], plan: Mapping[str, lattice.Entry]):
   for path, entry in plan.items():
     if not _moves(entry[1]):
       continue
-    found = jax.jit(
-        lambda leaves, path=path, entry=entry: quantized(leaves, path, entry)
-    )({p: x for p, x in flat.items() if p == path or p.startswith(path + '/')})
+    found = _quantized(_node(flat, path, entry), *entry)
     # A learned scale goes on as it was trained, not as float16 stores it.
     scale = flat.get(path + '/scale', found.scale)
     for leaf in _leaves(path, entry[1]):
@@ -103,7 +98,7 @@ def settings_when_frozen(s: settings.Settings, student) -> settings.Settings:
 
   Args:
     s: of the run.
-    student: a tree in which codes stand still (`freeze`), leaves or None.
+    student: a tree of `freeze`, or `student.outline` of `frozen_plan`.
 
   Raises:
     UserError: no rule is left that trains anything.
@@ -117,23 +112,6 @@ def settings_when_frozen(s: settings.Settings, student) -> settings.Settings:
         'config.train.rules, or set it to 0.'
     )
   return s._replace(train=dataclasses.replace(s.train, rules=left))
-
-
-def check(s: settings.Settings, outline, plan) -> None:
-  """Refuses, before any work, to freeze what leaves nothing to train."""
-  if s.train.freeze_codes:
-    settings_when_frozen(s, outline_when_frozen(outline, plan))
-
-
-def outline_when_frozen(outline, plan):
-  """`student.outline` as it is after `freeze`."""
-  flat = traverse_util.flatten_dict(dict(outline), sep='/')
-  for path, (_, mode, _) in plan.items():
-    if _moves(mode):
-      for leaf in _leaves(path, mode):
-        flat.pop(leaf)
-      flat |= dict.fromkeys((path + '/codes', path + '/scale'))
-  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def carry(fresh: step_lib.State, before: step_lib.State) -> step_lib.State:
@@ -163,6 +141,13 @@ def carry(fresh: step_lib.State, before: step_lib.State) -> step_lib.State:
 def _moves(mode):
   """Whether codes follow from a master."""
   return mode == 'derived' or lattice.is_learned(mode)
+
+
+def _node(leaves, path, entry):
+  parts = lattice.parts(entry[1])
+  if not parts:
+    return leaves[path]
+  return {part: leaves[f'{path}/{part}'] for part in parts}
 
 
 def _leaves(path, mode):

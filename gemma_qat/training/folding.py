@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.model import config as model_config
+from gemma_qat.model import weights
 from gemma_qat.quant import lattice
 
 # s = (root mean square of the channel's activations) ^ power; 0 changes nothing.
@@ -82,24 +83,26 @@ def places(config: model_config.ModelConfig) -> int:
 
 
 def _fold_place(config, flat, grams, plan, maker, readers):
-  stacked = maker.startswith('groups/')
-  count = flat[maker].shape[0] if stacked else 1
+  specs = weights.layer_specs(config)
+  # Copies: changed layer by layer, of which one that is not stacked has one.
+  layers = lambda x: x if maker.startswith('groups/') else x[None]
+  for path in (maker, *readers):
+    flat[path] = np.array(flat[path])
+  gram = np.array(grams[readers[0]])
+  grams |= dict.fromkeys(readers, gram)
   heads = None
   if maker.endswith('attn_v'):
     heads = config.num_kv_heads, config.num_heads // config.num_kv_heads
-  at = lambda x, i: x[i] if stacked else x
-  for i in range(count):
-    gram = at(grams[readers[0]], i)
-    activation = np.sqrt(np.maximum(np.diagonal(gram), 1e-12))
+  contraction = {p: specs[p.rpartition('/')[2]].contraction for p in readers}
+  for i, g in enumerate(layers(gram)):
+    activation = np.sqrt(np.maximum(np.diagonal(g), 1e-12))
     activation = _shared(activation, heads)
-    quantized = [p for p in readers if p in plan]
+    rows = {p: _rows(layers(flat[p])[i], contraction[p]) for p in readers}
     losses = [
         sum(
-            _loss(
-                _rows(at(flat[p], i), plan[p][2]), gram,
-                _spread(_scale(activation, power), heads), plan[p][0],
-            )
-            for p in quantized
+            _loss(rows[p], g, _spread(_scale(activation, power), heads),
+                  plan[p][0])
+            for p in readers if p in plan
         )
         for power in POWERS
     ]
@@ -109,35 +112,21 @@ def _fold_place(config, flat, grams, plan, maker, readers):
     made = _scale(activation, power)
     read = _spread(made, heads)
     for p in readers:
-      weight, g = at(flat[p], i), at(grams[p], i)
-      shape = weight.shape
-      contraction = 2 if p.endswith('attn_o') else 1
-      scaled = _rows(weight, contraction) * read
-      _set(flat, p, i, stacked, scaled.reshape(shape))
-      _set(grams, p, i, stacked, g / np.outer(read, read))
-    old = at(flat[maker], i)
+      weight = layers(flat[p])[i]
+      weight[...] = (rows[p] * read).reshape(weight.shape)
+    g /= np.outer(read, read)
+    source = layers(flat[maker])[i]
     if maker.endswith('norm'):
       # The gain is 1 + w.
-      new = (1 + old) / made - 1
+      source[...] = (1 + source) / made - 1
     else:
-      new = old / made.reshape(*old.shape[:-1], 1)
-    _set(flat, maker, i, stacked, new)
-
-
-def _set(tree, path, i, stacked, value):
-  value = np.asarray(value, np.float32)
-  if not stacked:
-    tree[path] = value
-    return
-  changed = np.array(tree[path])
-  changed[i] = value
-  tree[path] = changed
+      source /= made.reshape(*source.shape[:-1], 1)
 
 
 def _rows(weight, contraction):
   """[outputs, inputs]."""
   inputs = int(np.prod(weight.shape[weight.ndim - contraction:]))
-  return np.asarray(weight, np.float32).reshape(-1, inputs)
+  return weight.reshape(-1, inputs)
 
 
 def _shared(activation, heads):

@@ -1,6 +1,5 @@
 """What stands ready when the loop begins?"""
 
-import dataclasses
 from typing import Any, Callable, Mapping, NamedTuple
 
 from flax import traverse_util
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat import distances
 from gemma_qat import heads
 from gemma_qat import hosts
 from gemma_qat import sharding
@@ -107,7 +105,7 @@ def make_program(
       ),
       options=options,
   )
-  loss = make_loss(distances.Options(**dataclasses.asdict(s.loss)))
+  loss = make_loss(s.loss)
   init = lambda leaves: step_lib.init_state(leaves, optimizer)
   where = state_shardings(mesh, jax.eval_shape(init, trained), trained)
   everywhere = sharding.replicated(mesh)

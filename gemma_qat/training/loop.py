@@ -69,9 +69,11 @@ def train(
   starts.check_start(plan, s.quant.start)
   if s.quant.start not in settings.STARTS:
     starts.check_followed(base.config, plan, detect.load(s.quant.start))
-  outline = student_lib.outline(base.config, plan)
-  student_lib.groups(outline, s.train.rules)
-  codes.check(s, outline, plan)
+  student_lib.groups(student_lib.outline(base.config, plan), s.train.rules)
+  if s.train.freeze_codes:
+    codes.settings_when_frozen(
+        s, student_lib.outline(base.config, codes.frozen_plan(plan))
+    )
   hosts.say(
       f'{base.source}: {base.config.variant}, {len(plan)} stacks of matrices '
       f'to quantize, {workdir_lib.device_name()}, {s.compute.dtype} products'

@@ -61,15 +61,6 @@ class QuantSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossSettings:
-  """What is minimised; see `distances.Options`."""
-
-  terms: tuple[tuple[str, float], ...]
-  temperature: float
-  top_k: int
-
-
-@dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
   """How the trained leaves move.
 
@@ -170,7 +161,7 @@ class Settings(NamedTuple):
   """The frozen settings of a run, by config section."""
 
   quant: QuantSettings
-  loss: LossSettings
+  loss: distances.Options
   train: TrainSettings
   optimizer: OptimizerSettings
   compute: ComputeSettings
@@ -199,10 +190,10 @@ def read(config: ml_collections.ConfigDict) -> Settings:
   return s
 
 
-def loss(config: ml_collections.ConfigDict) -> LossSettings:
+def loss(config: ml_collections.ConfigDict) -> distances.Options:
   """Checks and freezes `config.loss`."""
   values = config.loss.to_dict()
-  s = LossSettings(**(values | {'terms': _rules(config.loss.terms)}))
+  s = distances.Options(**(values | {'terms': _rules(config.loss.terms)}))
   names = [name for name, _ in s.terms]
   for name, weight in s.terms:
     _choice('config.loss.terms', name, distances.NAMES)

@@ -90,9 +90,8 @@ def follow(
   specs = weights.tree_specs(config)
   tree = {}
   for path, leaf in traverse_util.flatten_dict(params, sep='/').items():
-    stacked = specs[path].axes[0] == 'layers'
     found = [model.weights[n] for n in weights.layer_names(config, path)]
-    join = np.stack if stacked else (lambda xs: xs[0])
+    join = np.stack if specs[path].is_stacked else (lambda xs: xs[0])
     if path in plan:
       fmt, mode, contraction = plan[path]
       codes, scale = (
@@ -148,9 +147,7 @@ def check_start(plan, start: str) -> None:
 
 def _more(path, spec):
   """What `init_node` wants to know beside: every weight has another draw."""
-  return {
-      'stacked': spec.axes[0] == 'layers', 'seed': zlib.crc32(path.encode())
-  }
+  return {'stacked': spec.is_stacked, 'seed': zlib.crc32(path.encode())}
 
 
 def _node(weight, fmt, mode, contraction, codes, scale, more):
@@ -171,12 +168,11 @@ def _node(weight, fmt, mode, contraction, codes, scale, more):
 
 def _coordinated(weight, spec, gram, start, fmt):
   """Codes and scales from activation statistics, one layer at a time."""
-  stacked = spec.axes[0] == 'layers'
   rows = np.asarray(weight, np.float32).reshape(
-      (weight.shape[0] if stacked else 1), -1, spec.row_length
+      (weight.shape[0] if spec.is_stacked else 1), -1, spec.row_length
   )
   codes, scale = [], []
-  for w, g in zip(rows, gram if stacked else [gram], strict=True):
+  for w, g in zip(rows, gram if spec.is_stacked else [gram], strict=True):
     if start == 'search':
       found = search.search_q4_0(w, np.diagonal(g), fmt)
     else:

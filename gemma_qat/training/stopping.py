@@ -1,17 +1,22 @@
 """How does a long piece of work learn that it should stop?"""
 
 import signal
+from typing import Callable
 
 from gemma_qat import hosts
 
 
-class Signal:
-  """Turns SIGTERM and the first Ctrl-C into a request to stop."""
+class Counter:
+  """Counts SIGTERM and Ctrl-C instead of ending by them.
 
-  asked = False
+  Attributes:
+    asked: how often it was asked to stop.
+  """
 
-  def __init__(self, after: str = 'this step'):
-    self._after = after
+  def __init__(self, on_ask: Callable[[int], None]):
+    """Calls on_ask(how often by now) each time."""
+    self.asked = 0
+    self._on_ask = on_ask
 
   def __enter__(self):
     self._old = {}
@@ -23,11 +28,28 @@ class Signal:
     return self
 
   def __exit__(self, *exception):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+    for number in self._old:
+      self.leave(number)
+
+  def leave(self, number: int) -> None:
+    """Lets one kind of signal do again what it did before."""
+    signal.signal(number, self._old[number])
 
   def _ask(self, number, frame):
     del frame
-    self.asked = True
-    hosts.say(f'Stopping after {self._after} ...')
-    signal.signal(number, self._old[number])
+    self.asked += 1
+    self._on_ask(self.asked)
+
+
+class Signal(Counter):
+  """Turns SIGTERM and the first Ctrl-C into a request to stop.
+
+  The second of a kind ends the process.
+  """
+
+  def __init__(self, after: str = 'this step'):
+    super().__init__(lambda times: hosts.say(f'Stopping after {after} ...'))
+
+  def _ask(self, number, frame):
+    super()._ask(number, frame)
+    self.leave(number)

@@ -1,11 +1,7 @@
 """A model writes a file, whatever interrupts it; training reads it."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from gemma_qat.checkpoints import detect
 from gemma_qat.commands import config_flags
 from gemma_qat.data import sources
 from gemma_qat.training import text as text_lib
+from tests import terminating
 from tests.commands import conftest
 
 _FLAGS = ['--length=40', '--batch_size=8', '--dtype=float32']
@@ -95,25 +92,9 @@ def test_a_file_of_other_settings_is_refused(whole, one_layer, capsys):
 def test_sigterm_stops_after_what_is_written(whole, one_layer, tmp_path):
   path = _begun(whole, tmp_path / 'x.jsonl', lines=8)
   begun = path.stat().st_size
-  gone = threading.Event()
-
-  def terminate():
-    while not gone.is_set():
-      if path.stat().st_size > begun:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-      time.sleep(0.01)
-
-  # A signal that came too late must not end the tests.
-  handler = signal.signal(signal.SIGTERM, lambda *_: None)
-  killer = threading.Thread(target=terminate)
-  killer.start()
-  try:
-    assert _generate(one_layer, path, '--tokens=1e9') == errors.Stopped.exit_code
-  finally:
-    gone.set()
-    killer.join()
-    signal.signal(signal.SIGTERM, handler)
+  with terminating.terminated_when(lambda: path.stat().st_size > begun):
+    code = _generate(one_layer, path, '--tokens=1e9')
+  assert code == errors.Stopped.exit_code
   lines = path.read_bytes().splitlines(keepends=True)
   assert len(lines) > 8 and len(lines) % 8 == 0
   assert lines[:20] == whole.read_bytes().splitlines(keepends=True)[:len(lines)]

@@ -1,10 +1,6 @@
 """A run ends where its config says, however often it was stopped."""
 
-import os
 import shutil
-import signal
-import threading
-import time
 
 from flax import traverse_util
 import jax
@@ -23,6 +19,7 @@ from gemma_qat.quant import formats
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 from gemma_qat.training import speed
+from tests import terminating
 
 
 @pytest.fixture(scope='module')
@@ -276,26 +273,10 @@ def test_sigterm_saves_the_step_under_way_and_stops(make_config, tmp_path):
   config = make_config(
       steps=steps, checkpoint_every=steps, log_every=1, evaluate_every=steps
   )
-  gone = threading.Event()
-
-  def terminate():
-    while not gone.is_set():
-      if any(row['step'] >= 3 for row in metrics.read(tmp_path)):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-      time.sleep(0.01)
-
-  # A signal that came too late must not end the tests.
-  handler = signal.signal(signal.SIGTERM, lambda *_: None)
-  killer = threading.Thread(target=terminate)
-  killer.start()
-  try:
+  is_third = lambda: any(r['step'] >= 3 for r in metrics.read(tmp_path))
+  with terminating.terminated_when(is_third):
     with pytest.raises(errors.Stopped, match='Stopped after step'):
       loop.train(config, tmp_path)
-  finally:
-    gone.set()
-    killer.join()
-    signal.signal(signal.SIGTERM, handler)
   rows = [row['step'] for row in metrics.read(tmp_path)]
   (saved,) = (int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
   assert rows == list(range(saved + 1)) and saved >= 3
