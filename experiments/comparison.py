@@ -26,6 +26,8 @@ from matplotlib import figure
 from gemma_qat.checkpoints import atomic
 from gemma_qat.commands import evaluate
 from gemma_qat.evaluation import protocol
+from gemma_qat.reporting import markdown
+from gemma_qat.reporting import plots
 from gemma_qat.reporting import tables
 from gemma_qat.training import workdir
 
@@ -172,21 +174,19 @@ def render(report) -> str:
   """Sets the table in Markdown."""
   models, contexts = report['models'], list(map(str, report['contexts']))
   first = contexts[0]
-  head = ['model', 'MB', *(f'PPL at {c}' for c in contexts), 'KLD', 'KLD 99 %',
-          'top-1 %', 'reads tokens/s', 'writes tokens/s', 'matrices']
-  lines = [head, ['---', *['---:'] * (len(head) - 2), '---']]
+  head = ['model', 'matrices', 'MB', *(f'PPL at {c}' for c in contexts), 'KLD',
+          'KLD 99 %', 'top-1 %', 'reads tokens/s', 'writes tokens/s']
+  rows = []
   for name, row in models.items():
     f = protocol.Fidelity(**row[first])
-    lines.append([
-        f'**{name}**' if 'QAT' in name else name,
+    rows.append([
+        f'**{name}**' if 'QAT' in name else name, row['types'],
         tables.megabytes(row['bytes']),
         *(tables.perplexity(row[c]['ppl']) for c in contexts),
         tables.nats(f.kld), tables.nats(f.kld_q99),
         tables.ABSENT if f.top1 is None else f'{100 * f.top1:.2f}',
         f'{row["speed"]["read"]:.0f}', f'{row["speed"]["write"]:.1f}',
-        row['types'],
     ])
-  table = '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
   sizes = ', '.join(
       f'{models[BASE][c]["chunks"]} chunks of {c}' for c in contexts
   )
@@ -195,32 +195,36 @@ def render(report) -> str:
       f'process on a {report["device"]}; llama-imatrix read '
       f'{report["calibration"]}. KL divergence from the base in nats a token '
       f'at a context of {first}; speeds by llama-bench with all cores.\n\n'
-      f'{table}\n\nRevision {report["git"][:12]}. Command:\n\n'
+      f'{markdown.table(head, rows, left=2)}\n\nRevision {report["git"][:12]}. Command:\n\n'
       f'    {report["command"]}\n'
   )
 
 
 def plot(report, path) -> None:
   """Draws the KL divergence against the size."""
-  drawing = figure.Figure(figsize=(8, 4.8), dpi=150, layout='constrained')
+  drawing = figure.Figure(
+      figsize=(plots.WIDTH, 4.8), dpi=plots.DPI, layout='constrained'
+  )
   axes = drawing.subplots()
   first = str(report['contexts'][0])
+  klds = []
   for name, row in report['models'].items():
     kld = row[first]['kld']
     if kld is None:
       continue
+    klds.append(kld)
     is_ours = 'QAT' in name
     x, color = row['bytes'] / 1e6, '#0072b2' if is_ours else '#7f7f7f'
     axes.plot(x, kld, 'o' if is_ours else 's', color=color, markersize=7)
     axes.annotate(name, (x, kld), xytext=(7, 3), color=color, fontsize=8,
                   textcoords='offset points',
                   fontweight='bold' if is_ours else 'normal')
-  axes.set_yscale('log')
+  plots.log_axis(axes, klds)
   axes.set_xlabel('size of the file (MB)')
   axes.set_ylabel('mean KL from the base (nats a token, log scale)')
   axes.margins(x=0.25, y=0.1)
   axes.grid(True, color='#e5e5e5')
-  axes.spines[['top', 'right']].set_visible(False)
+  plots.tidy(axes)
   axes.set_title(f'{report["model"]} on {report["text"]}', loc='left')
   drawing.savefig(path)
 

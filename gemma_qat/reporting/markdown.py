@@ -49,15 +49,15 @@ def render_markdown(
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]]
+    header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
 ) -> str:
-  """Sets texts as a table; the first column is aligned to the left."""
+  """Sets texts as a table; the first `left` columns are aligned to the left.
+  """
   line = lambda cells: '| ' + ' | '.join(
       str(cell).replace('|', r'\|') for cell in cells
   ) + ' |'
-  rule = '|' + '|'.join(['---'] + ['---:'] * (len(header) - 1)) + '|'
-  if not any(header):
-    rule = '|---|---|'
+  sides = left * ['---'] + (len(header) - left) * ['---:']
+  rule = '|' + '|'.join(sides) + '|'
   return '\n'.join([line(header), rule, *map(line, rows)])
 
 
@@ -153,7 +153,8 @@ def _samples(samples):
     parts.append(table(
         (f'“{one_line(sample["prompt"])}”', 'goes on'),
         [(_NAMES[k], one_line(sample[k])) for k in _NAMES if k in sample],
-    ).replace('|---|---:|', '|---|---|'))
+        left=2,
+    ))
   return '\n\n'.join(parts)
 
 
@@ -175,4 +176,4 @@ def _training_table(report):
       ) or 'nothing'),
       ('config', report['config']),
       ('git', report['git']),
-  ])
+  ], left=2)
