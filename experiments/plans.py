@@ -38,7 +38,7 @@ NOTES = (
     'libtpu rows: compiled for the very slice. XLA:CPU rows: compiled for as '
     'many simulated devices, before whose own passes the partitioned program '
     'was read; their temporaries are those of a CPU, which computes some of '
-    'bfloat16 in float32: a stand-in for what a GPU will want.',
+    'bfloat16 in float32, layer by layer: a stand-in for what a GPU will want.',
     'GB sent: by a device to others in a step, if every collective is a ring; '
     'loops counted as often as they run. links s: that at the published '
     'bandwidth of all links together.',

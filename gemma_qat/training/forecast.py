@@ -240,7 +240,8 @@ def _partitioned(lowered):
   """Compiles for simulated devices; reads the program as it was parted.
 
   Before the CPU's own passes, which compute bfloat16 in float32: what they
-  move would be twice as much.
+  move would be twice as much. Nor may these conversions leave the loops: of
+  12B, whole stacks of weights in float32 took 50 GB that no GPU would need.
   """
   with tempfile.TemporaryDirectory() as folder:
     program = compiled.compile_to_ask(lowered, {
@@ -248,6 +249,7 @@ def _partitioned(lowered):
         'xla_dump_to': folder,
         'xla_dump_hlo_pass_re': 'spmd-partitioning',
         'xla_dump_hlo_as_text': True,
+        'xla_disable_hlo_passes': 'while-loop-invariant-code-motion',
         # Nobody will run it.
         'xla_backend_optimization_level': 0,
         'xla_llvm_disable_expensive_passes': True,
