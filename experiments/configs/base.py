@@ -68,8 +68,17 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.train.checkpoint_every = 500
   c.train.evaluate_every = 100
   c.train.log_every = 10
+  # Checkpoints that stay: the newest, those of the smallest held-out KL, and
+  # that of every n-th step (0 for none).
   c.train.keep = 3
+  c.train.keep_best = 1
+  c.train.keep_every = 0
   c.train.heldout_batches = 4
+  # Steps in a row whose loss or gradients are not finite, and which therefore
+  # changed nothing, that end a run.
+  c.train.most_skipped = 10
+  # A batch of text that takes longer is complained of.
+  c.train.stall_seconds = 60.0
 
   c.optimizer = ml_collections.ConfigDict()
   # 'adam' or 'adafactor'; Adam's moments as 'float32' (8 bytes a weight),

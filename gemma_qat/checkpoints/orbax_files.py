@@ -4,13 +4,15 @@ A step is a folder 'WORKDIR/checkpoints/STEP', written by Orbax v1 with these
 checkpointables (the loop adds its own, which are not read here):
   student: the tree of `model.weights`, a node of `quant.lattice` or an array
     at each path;
-  manifest: JSON, see `manifest`;
+  manifest: JSON, see `manifest` and `sealed`;
   tokenizer: {'bytes': uint8 array}, `Tokenizer.to_bytes`; may be missing.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import pathlib
@@ -26,6 +28,7 @@ from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import names
 from gemma_qat.checkpoints import orbax_arrays
 from gemma_qat.checkpoints import regular_files
+from gemma_qat.checkpoints import sums
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
@@ -91,6 +94,63 @@ def manifest(
       'step': int(step),
       'run': run,
   }
+
+
+def sealed(
+    manifest: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+  """Adds to a manifest what `verify` asks for.
+
+  Args:
+    manifest: what is written beside the trees, JSON.
+    found: name of a tree -> {path in it: `sums.of` the array}.
+  """
+  whole = {**manifest, 'sums': {name: dict(s) for name, s in found.items()}}
+  return {**whole, 'digest': _digest(whole)}
+
+
+def verify(step: pathlib.Path) -> None:
+  """Compares every array of a step with what was saved, one at a time.
+
+  Steps of former versions, which say no sums, are only read.
+
+  Raises:
+    UserError: the step is damaged; names what.
+  """
+  step = step.resolve()
+  said = load_manifest(step)
+  if 'digest' in said and _digest(said) != said['digest']:
+    raise errors.UserError(
+        f'{step} is damaged, its manifest is not the one that was saved: take '
+        'another step.'
+    )
+  trees = said.get('sums') or {'student': None, 'optimizer': None}
+  for name, wanted in trees.items():
+    arrays = orbax_arrays.open_tree(step / name)
+    if wanted is not None and arrays.keys() != wanted.keys():
+      odd = min(arrays.keys() ^ wanted.keys())
+      raise errors.UserError(
+          f'{step} is damaged, its {name} has not the arrays that were saved '
+          f'({odd}): take another step.'
+      )
+    for path, array in arrays.items():
+      found = array.read(())
+      if wanted is not None and sums.of(found) != wanted[path]:
+        raise errors.UserError(
+            f'{step} is damaged, {path} in its {name} is not what was saved: '
+            'take another step.'
+        )
+
+
+def steps(path: str | os.PathLike) -> list[int]:
+  """Numbers of the whole steps in a 'checkpoints' folder, the newest first."""
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
+    return []
+  found = [int(p.name) for p in folder.iterdir()
+           if p.name.isdecimal() and _is_step(p)]
+  return sorted(found, reverse=True)
 
 
 def tokenizer_tree(tokenizer: tokenizers.Tokenizer) -> dict[str, np.ndarray]:
@@ -178,13 +238,16 @@ def load_tree(step: pathlib.Path, name: str) -> dict[str, Any]:
 def _newest(path):
   if _is_step(path):
     return path
-  steps = []
-  for folder in (path, path / 'checkpoints'):
-    if folder.is_dir():
-      steps += [
-          p for p in folder.iterdir() if p.name.isdecimal() and _is_step(p)
-      ]
-  return max(steps, key=lambda p: int(p.name), default=None)
+  found = [
+      folder / str(n) for folder in (path, path / 'checkpoints')
+      for n in steps(folder)[:1]
+  ]
+  return max(found, key=lambda p: int(p.name), default=None)
+
+
+def _digest(said):
+  rest = {k: v for k, v in said.items() if k != 'digest'}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _is_step(path):

@@ -132,6 +132,7 @@ def carry(fresh: step_lib.State, before: step_lib.State) -> step_lib.State:
 
   return fresh._replace(
       step=before.step,
+      skipped=before.skipped,
       optimizer=jax.tree_util.tree_map_with_path(
           take, fresh.optimizer, is_leaf=is_mean
       ),

@@ -1,6 +1,6 @@
 """What stands ready when the loop begins?"""
 
-from typing import Any, Callable, Mapping, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 from flax import traverse_util
 import jax
@@ -259,7 +259,12 @@ def start(
     )
 
 
-def resume(job: Job, step: int, leaves: Mapping[str, np.ndarray]) -> Job:
+def resume(
+    job: Job,
+    step: int,
+    leaves: Mapping[str, np.ndarray],
+    skipped: Sequence[int],
+) -> Job:
   """Puts a job at a saved step, with the optimizer leaves saved there."""
   fresh = job.state.optimizer
   restored = saving.restore_optimizer(fresh, leaves)
@@ -270,6 +275,7 @@ def resume(job: Job, step: int, leaves: Mapping[str, np.ndarray]) -> Job:
       state=job.state._replace(
           step=put(np.int32(step), job.state.step),
           optimizer=put(restored, fresh),
+          skipped=put(np.asarray(skipped, np.int32), job.state.skipped),
       )
   )
 

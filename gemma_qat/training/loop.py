@@ -31,6 +31,7 @@ from gemma_qat.training import stopping
 from gemma_qat.training import student as student_lib
 from gemma_qat.training import text as text_lib
 from gemma_qat.training import tracing
+from gemma_qat.training import watching
 from gemma_qat.training import workdir as workdir_lib
 
 
@@ -55,13 +56,21 @@ def train(
   workdir = pathlib.Path(workdir)
   s = settings.read(config)
   mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
-  if hosts.is_first():
-    workdir_lib.claim(workdir, config)
-  hosts.wait('claim')
-  if saving.latest(workdir) == s.train.steps:
-    hosts.say(f'{workdir} holds the last step, {s.train.steps}, already.')
-    return s.train.steps
+  with contextlib.ExitStack() as held:
+    if hosts.is_first():
+      held.enter_context(workdir_lib.hold(workdir, 'train'))
+      workdir_lib.claim(workdir, config)
+    hosts.wait('claim')
+    newest = saving.newest_whole(workdir)
+    if newest == s.train.steps:
+      hosts.say(f'{workdir} holds the last step, {newest}, already.')
+    else:
+      _train(config, s, mesh, workdir, newest, profile)
+  return s.train.steps
 
+
+def _train(config, s, mesh, workdir, newest, profile):
+  """Goes on from step `newest`, or begins where that is None."""
   base = detect.load(config.model.checkpoint)
   plan = student_lib.make_plan(base.config, s.quant)
   _check_mesh(mesh, base.config, plan, s.train)
@@ -82,19 +91,21 @@ def train(
   share = sharding.share(mesh, s.train.batch_size)
   text = text_lib.read(config, base, workdir, share)
 
-  with saving.Saver(workdir, s.train.keep) as saver:
+  t = s.train
+  with saving.Saver(workdir, t.keep, t.keep_best, t.keep_every) as saver:
     # The one place that decides where the student comes from.
-    optimizer_leaves = None
-    if saver.latest is not None:
-      student, optimizer_leaves, manifest = saver.restore(saver.latest)
+    optimizer_leaves, manifest = None, {}
+    if newest is not None:
+      student, optimizer_leaves, manifest = saver.restore(newest)
       text.go_on(manifest, workdir)
-      hosts.say(f'Going on at step {saver.latest}.')
+      hosts.say(f'Going on at step {newest}.')
     else:
       student = job_lib.start(s, base, params, plan, text.calibrating)
-    first = saver.latest or 0
+    first = newest or 0
     kind = metrics.Writer if hosts.is_first() else metrics.Silence
     with (
-        contextlib.closing(kind(workdir, first)) as writer,
+        # The row of step 0 comes after its checkpoint.
+        contextlib.closing(kind(workdir, newest or None)) as writer,
         tracing.Trace(workdir, profile, first) as trace,
         # Before, there is nothing to save: a signal ends it at once.
         stopping.Signal() as stop,
@@ -107,23 +118,39 @@ def train(
           plan = codes.frozen_plan(plan)
           s = codes.settings_when_frozen(s, student)
         job = job_lib.prepare(s, mesh, base, params, plan, student, job)
+        watch = watching.Watch(
+            sorted(job.state.trained), t.most_skipped, manifest.get('watch')
+        )
         if optimizer_leaves is not None:
-          job = job_lib.resume(job, first, optimizer_leaves)
+          job = job_lib.resume(
+              job, first, optimizer_leaves, manifest.get('skipped', (0, 0))
+          )
         del student
         optimizer_leaves = params = None
 
-        def save(state, job=job, plan=plan):
-          manifest = orbax_files.manifest(
+        def save(state, job=job, plan=plan, watch=watch, kl=None):
+          said = orbax_files.manifest(
               base.config, plan, int(state.step), config.name
           )
+          watch.settle()
+          writer.sync()
           saver.save(
-              state, job.frozen, manifest | text.state(),
-              orbax_files.tokenizer_tree(base.tokenizer),
+              state, job.frozen,
+              said | text.state() | {
+                  'watch': watch.state(), 'skipped': state.skipped.tolist(),
+              },
+              orbax_files.tokenizer_tree(base.tokenizer), kl,
           )
 
-        speed = speed_lib.Speed(s.train, base.config, job.trains_head)
-        job = _go(s, mesh, job, text, last, writer, save, stop, speed, trace)
-  return s.train.steps
+        if newest is None:
+          # Finding codes takes minutes, of large models hours.
+          save(job.state)
+          newest = first
+        speed = speed_lib.Speed(t, base.config, job.trains_head)
+        job = _go(
+            s, mesh, job, text, last, writer, save, stop, speed, trace, watch
+        )
+        manifest = {'watch': watch.state()}
 
 
 def _stages(train, first):
@@ -147,7 +174,7 @@ def _whole_student(job):
   )
 
 
-def _go(s, mesh, job, text, until, writer, save, stop, speed, trace):
+def _go(s, mesh, job, text, until, writer, save, stop, speed, trace, watch):
   """The loop itself: batch -> step -> metrics -> checkpoint.
 
   Returns the job as it stands after step `until`.
@@ -177,16 +204,20 @@ def _go(s, mesh, job, text, until, writer, save, stop, speed, trace):
       before = None
       if is_logged and program.codes:
         before = program.codes(state.trained, job.settled)
-      state, scalars = program.step(
-          state, job.settled, job.teacher, to_devices(next(text.batches))
-      )
+      with watching.patience(f'the text of step {n}', s.train.stall_seconds):
+        batch = to_devices(next(text.batches))
+      state, scalars = program.step(state, job.settled, job.teacher, batch)
       trace.after(n, scalars)
+      watch.after(n, scalars)
       row = {}
       if is_logged:
-        row = {k: float(v) for k, v in scalars.items()}
+        watch.settle()
+        row = watching.finite({
+            k: float(v) for k, v in scalars.items() if k not in watching.NAMES
+        }) | watch.row()
         row['learning_rate'] = float(program.schedule(n - 1))
         row |= speed.at(n)
-        said = f'kl {row["kl_nats"]:.4f} nats, {speed.said}'
+        said = f'kl {float(scalars["kl_nats"]):.4f} nats, {speed.said}'
       if before is not None:
         row['flipped_codes'] = float(codes.share_that_differs(
             before, program.codes(state.trained, job.settled)
@@ -195,7 +226,11 @@ def _go(s, mesh, job, text, until, writer, save, stop, speed, trace):
       if mean is not None:
         row['heldout_kl_nats_of_last'] = heldout_kl()
         state = state._replace(trained=mean)
-      if n % s.train.evaluate_every == 0 or last:
+      is_saved = n % s.train.checkpoint_every == 0 or last
+      if n % s.train.evaluate_every == 0 or last or (
+          # The best are chosen by it.
+          is_saved and s.train.keep_best
+      ):
         row['heldout_kl_nats'] = heldout_kl()
       if row:
         _check_finite(n, row)
@@ -204,8 +239,8 @@ def _go(s, mesh, job, text, until, writer, save, stop, speed, trace):
       is_asked = stop.asked if jax.process_count() == 1 else (
           n % s.train.log_every == 0 and hosts.anyone(stop.asked)
       )
-      if n % s.train.checkpoint_every == 0 or last or is_asked:
-        save(state)
+      if is_saved or is_asked:
+        save(state, kl=row.get('heldout_kl_nats'))
       if 'tokens_per_second' in row:
         # Evaluation and saving are not the step's time.
         speed.restart(n)

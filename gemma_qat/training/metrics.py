@@ -4,7 +4,9 @@ Every number goes to `metrics.jsonl` and to TensorBoard; a terminal gets a
 progress bar, a log gets plain lines.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import sys
 import time
@@ -14,47 +16,100 @@ import rich.console
 import rich.progress
 import tensorboardX
 
-FILE = 'metrics.jsonl'
+from gemma_qat import errors
+from gemma_qat.checkpoints import atomic
+
+FILE, EVENTS = 'metrics.jsonl', 'events'
 
 
 class Writer:
   """Appends rows of scalars to a workdir.
 
   Opened at step n, it first drops rows of later steps: a run that was stopped
-  between two checkpoints repeats those steps and must not count them twice.
+  between two checkpoints repeats those steps and must not count them twice. The
+  events of TensorBoard are written anew from the rows that are left: however
+  often a run is stopped, they are one file and say the same.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: pathlib.Path, step: int | None):
+    """Opens a workdir.
+
+    Args:
+      workdir: of the run.
+      step: whose row is the last to keep; None for none at all.
+
+    Raises:
+      UserError: the files cannot be written.
+    """
     path = workdir / FILE
-    rows = [r for r in read(workdir) if r['step'] <= step]
-    text = ''.join(json.dumps(r) + '\n' for r in rows)
-    path.write_text(text, encoding='utf-8')
-    self._file = open(path, 'a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(
-        str(workdir / 'events'), purge_step=step + 1 if step else None
-    )
+    rows = [] if step is None else [
+        r for r in read(workdir) if r['step'] <= step
+    ]
+    with atomic.whole_file(path) as temporary:
+      text = ''.join(json.dumps(r) + '\n' for r in rows)
+      temporary.write_text(text, encoding='utf-8')
+    self._path = path
+    with self._disk_errors():
+      for old in (workdir / EVENTS).glob('events.out.tfevents.*'):
+        old.unlink()
+      self._file = open(path, 'a', encoding='utf-8')
+      self._events = tensorboardX.SummaryWriter(str(workdir / EVENTS))
+    for row in rows:
+      self._show(row['step'], {k: v for k, v in row.items() if k != 'step'})
 
   def write(self, step: int, scalars: Mapping[str, float]):
-    """Adds one row; every row is flushed to the file."""
+    """Adds one row; every row is flushed to the file.
+
+    Raises:
+      UserError: the disk is full.
+    """
     row = {'step': step, **{k: float(v) for k, v in scalars.items()}}
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
+    with self._disk_errors():
+      self._file.write(json.dumps(row) + '\n')
+      self._file.flush()
+    self._show(step, scalars)
+
+  def sync(self):
+    """Has the rows on the disk: a checkpoint that follows counts on them.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    with self._disk_errors():
+      os.fsync(self._file.fileno())
+
+  def close(self):
+    # A full disk was said by the row that met it first.
+    with contextlib.suppress(OSError):
+      self._file.close()
+    self._events.close()
+
+  def _show(self, step, scalars):
     for name, value in scalars.items():
       self._events.add_scalar(name, float(value), step)
 
-  def close(self):
-    self._file.close()
-    self._events.close()
+  @contextlib.contextmanager
+  def _disk_errors(self):
+    try:
+      yield
+    except OSError as error:
+      raise errors.UserError(
+          f'{self._path} cannot be written ({error.strerror}): make room. The '
+          'checkpoints are whole, the same command goes on.'
+      ) from error
 
 
 class Silence:
   """Stands in for a Writer in every process but the first."""
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: pathlib.Path, step: int | None):
     del workdir, step
 
   def write(self, step: int, scalars: Mapping[str, float]):
     """Drops the row: the first process writes the same."""
+
+  def sync(self):
+    """Has nothing to write."""
 
   def close(self):
     """Has nothing to close."""

@@ -5,27 +5,52 @@ tokenizer) and what only training needs: the optimizer's state, and in the
 manifest the state of the data iterator.
 """
 
+import os
 import pathlib
+import shutil
 from typing import Any, Mapping
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from gemma_qat import errors
+from gemma_qat import hosts
 from gemma_qat.checkpoints import orbax_files
+from gemma_qat.checkpoints import sums
 from gemma_qat.training import step as step_lib
 from gemma_qat.training import student as student_lib
 
-FOLDER = 'checkpoints'
+FOLDER, DAMAGED = 'checkpoints', 'damaged'
+_KL = 'heldout_kl_nats'
 
 
 def latest(workdir: pathlib.Path) -> int | None:
-  """The newest whole step of a workdir, without opening it for writing."""
-  if not orbax_files.is_ours(workdir / FOLDER):
-    return None
-  return int(orbax_files.find_step(workdir / FOLDER).name)
+  """The newest step of a workdir that Orbax finished; its arrays are not read.
+  """
+  return next(iter(orbax_files.steps(workdir / FOLDER)), None)
+
+
+def newest_whole(workdir: pathlib.Path) -> int | None:
+  """The newest step whose every array is what was saved.
+
+  Damaged ones on the way there move to 'damaged/', so that training can write
+  these steps anew; it is said which and why. Of several processes all call it
+  and the first looks.
+  """
+  if hosts.is_first():
+    _set_aside_rests(workdir)
+    for step in orbax_files.steps(workdir / FOLDER):
+      try:
+        orbax_files.verify(workdir / FOLDER / str(step))
+        break
+      except errors.UserError as error:
+        moved = _set_aside(workdir, str(step))
+        hosts.say(f'{error} It was moved to {moved}.')
+  hosts.wait('newest_whole')
+  return latest(workdir)
 
 
 class Saver:
@@ -34,15 +59,32 @@ class Saver:
   Use as a context manager: leaving it waits for a save under way.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep: int):
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      keep: int,
+      keep_best: int = 0,
+      keep_every: int = 0,
+  ):
+    """Opens a workdir; see `settings.TrainSettings` for what is kept."""
     policies = ocp.training.save_decision_policies
+    kept = ocp.training.preservation_policies
+    keeping = [kept.LatestN(keep)]
+    if keep_best:
+      keeping.append(kept.BestN(
+          n=keep_best, reverse=True, get_metric_fn=lambda found: found[_KL],
+          keep_checkpoints_without_metrics=False,
+      ))
+    if keep_every:
+      keeping.append(kept.EveryNSteps(keep_every))
+    self._sums = {}
     self._context = orbax_files.context()
     self._checkpointer = ocp.training.Checkpointer(
         (workdir / FOLDER).resolve(),
         context=self._context,
         # The loop decides when; Orbax only must not say no.
         save_decision_policy=policies.FixedIntervalPolicy(1),
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        preservation_policy=kept.AnyPreservationPolicy(keeping),
         cleanup_tmp_directories=True,
     )
 
@@ -64,22 +106,38 @@ class Saver:
       frozen: Mapping[str, Any],
       manifest: Mapping[str, Any],
       tokenizer: Mapping[str, np.ndarray],
+      heldout_kl: float | None = None,
   ) -> None:
     """Starts to write a step; the arrays may be donated once it returns.
+
+    Args:
+      state: what was trained.
+      frozen: the untrained leaves by path.
+      manifest: JSON; sums of all arrays are added.
+      tokenizer: from `orbax_files.tokenizer_tree`.
+      heldout_kl: for `keep_best`, which passes over steps without.
 
     Raises:
       UserError: the step, or the one before it, cannot be written.
     """
     step = int(state.step)
+    trees = {
+        'student': student_lib.join(state.trained, frozen),
+        'optimizer': _numbered(state.optimizer),
+        'tokenizer': dict(tokenizer),
+    }
+    found = {
+        name: {
+            path: self._sum(f'{name}/{path}', leaf)
+            for path, leaf in traverse_util.flatten_dict(tree, sep='/').items()
+        }
+        for name, tree in trees.items()
+    }
     try:
       self._checkpointer.save_checkpointables_async(
           step,
-          {
-              'student': student_lib.join(state.trained, frozen),
-              'optimizer': _numbered(state.optimizer),
-              'manifest': dict(manifest),
-              'tokenizer': dict(tokenizer),
-          },
+          {**trees, 'manifest': orbax_files.sealed(manifest, found)},
+          metrics=None if heldout_kl is None else {_KL: heldout_kl},
       )
     except OSError as error:
       raise errors.UserError(
@@ -87,6 +145,15 @@ class Saver:
           f'{self._checkpointer.directory} ({error}): make room or choose '
           'another --workdir. Earlier checkpoints are whole.'
       ) from error
+
+  def _sum(self, name, leaf):
+    """`sums.of`, remembered of host arrays: they are frozen."""
+    if isinstance(leaf, jax.Array):
+      return sums.of(leaf)
+    known = self._sums.get(name)
+    if known is None or known[0] is not leaf:
+      known = self._sums[name] = (leaf, sums.of(leaf))
+    return known[1]
 
   def restore(self, step: int) -> tuple[dict, dict, dict]:
     """Reads a step back as host arrays.
@@ -129,6 +196,31 @@ def restore_optimizer(like: Any, leaves: Mapping[str, np.ndarray]) -> Any:
   return jax.tree.unflatten(
       jax.tree.structure(like), [leaves[name] for name in fresh]
   )
+
+
+def _set_aside_rests(workdir):
+  """Moves away what has the name of a step and is none: its files are gone."""
+  folder = workdir / FOLDER
+  whole = {str(n) for n in orbax_files.steps(folder)}
+  for path in folder.iterdir() if folder.is_dir() else ():
+    if path.name.isdecimal() and path.name not in whole:
+      moved = _set_aside(workdir, path.name)
+      hosts.say(f'{path} is no whole checkpoint. It was moved to {moved}.')
+
+
+def _set_aside(workdir, name):
+  try:
+    target = workdir / DAMAGED / name
+    target.parent.mkdir(exist_ok=True)
+    # One of each step is enough to look at.
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(workdir / FOLDER / name, target)
+  except OSError as error:
+    raise errors.UserError(
+        f'{workdir / FOLDER / name} is damaged and cannot be moved away '
+        f'({error.strerror}): remove it.'
+    ) from error
+  return target
 
 
 def _numbered(tree: Any) -> dict[str, Any]:

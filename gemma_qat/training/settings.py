@@ -124,7 +124,11 @@ class TrainSettings:
     freeze_codes: share of the last steps in which codes stand still and only
       the rest of what is trained goes on; 0 for none.
     checkpoint_every, evaluate_every, log_every: in steps.
-    keep: checkpoints kept.
+    keep, keep_best, keep_every: checkpoints kept: the newest so many, so many
+      of the smallest held-out KL, and that of every n-th step; 0 for none of
+      the latter two.
+    most_skipped: steps in a row without finite numbers that end the run.
+    stall_seconds: how long the text may take for a batch before it is said.
     heldout_batches: batches of held-out text that `evaluate_every` scores.
   """
 
@@ -138,7 +142,11 @@ class TrainSettings:
   evaluate_every: int
   log_every: int
   keep: int
+  keep_best: int
+  keep_every: int
   heldout_batches: int
+  most_skipped: int
+  stall_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,8 +310,15 @@ def train(config: ml_collections.ConfigDict) -> TrainSettings:
   s = TrainSettings(**(values | {'rules': _rules(config.train.rules)}))
   for field in dataclasses.fields(s):
     value = getattr(s, field.name)
-    if field.type is int and value < 1:
-      raise errors.UserError(f'config.train.{field.name}={value} is below 1.')
+    least = 0 if field.name in ('keep_best', 'keep_every') else 1
+    if field.type is int and value < least:
+      raise errors.UserError(
+          f'config.train.{field.name}={value} is below {least}.'
+      )
+  if not s.stall_seconds > 0:
+    raise errors.UserError(
+        f'config.train.stall_seconds={s.stall_seconds} is not above 0.'
+    )
   if not 0 <= s.freeze_codes < 1:
     raise errors.UserError(
         f'config.train.freeze_codes={s.freeze_codes} is no share of the steps: '

@@ -24,13 +24,15 @@ class Sums(NamedTuple):
 class State(NamedTuple):
   """What a step changes and a checkpoint keeps.
 
-  step: int32 scalar, steps taken. trained: {leaf path: float32 array}.
-  optimizer: optax state.
+  step: int32 scalar, batches seen. trained: {leaf path: float32 array}.
+  optimizer: optax state. skipped: int32 [2], steps that changed nothing
+  because of numbers that were not finite: how many in a row by now, and in all.
   """
 
   step: jax.Array
   trained: dict[str, jax.Array]
   optimizer: Any
+  skipped: jax.Array
 
 
 def make_loss(
@@ -104,7 +106,12 @@ def make_step(
   """Builds step(state, frozen, teacher, batch) -> (state, metrics).
 
   Metrics are scalars: `loss` and `kl_nats` before the update, means over
-  positions, and the gradient norm of each group.
+  positions, the gradient norm of each group, and what `watching` reads:
+  `skipped_in_row`, `skipped_steps` and `culprit`, the index of the first
+  gradient among sorted paths that is not finite, -1 if none is.
+
+  If loss or gradients are not finite, the step leaves parameters and optimizer
+  as they were.
 
   Args:
     loss: from `make_loss`.
@@ -132,12 +139,30 @@ def make_step(
     updates, optimizer_state = optimizer.update(
         gradient, state.optimizer, state.trained
     )
-    metrics = {'loss': value, 'kl_nats': kl}
+    # One infinite entry makes its sum of squares infinite or NaN.
+    squares = {p: jnp.sum(jnp.square(g)) for p, g in gradient.items()}
+    is_bad = ~jnp.isfinite(jnp.stack([squares[p] for p in sorted(squares)]))
+    is_fine = jnp.isfinite(value) & ~jnp.any(is_bad)
+    in_row, in_all = state.skipped
+    in_row = jnp.where(is_fine, 0, in_row + 1)
+    in_all = in_all + ~is_fine
+    metrics = {
+        'loss': value, 'kl_nats': kl, 'skipped_in_row': in_row,
+        'skipped_steps': in_all,
+        'culprit': jnp.where(jnp.any(is_bad), jnp.argmax(is_bad), -1),
+    }
     for name in sorted(set(groups.values())):
-      part = [g for p, g in gradient.items() if groups[p] == name]
-      metrics[f'gradient_norm/{name}'] = optax.tree.norm(part)
-    trained = optax.apply_updates(state.trained, updates)
-    return State(state.step + 1, trained, optimizer_state), metrics
+      part = [x for p, x in squares.items() if groups[p] == name]
+      metrics[f'gradient_norm/{name}'] = jnp.sqrt(sum(part))
+    # A choice between numbers, not between programs: it is fused with the
+    # update, and no second copy of anything is made.
+    trained, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(is_fine, new, old),
+        (optax.apply_updates(state.trained, updates), optimizer_state),
+        (state.trained, state.optimizer),
+    )
+    skipped = jnp.stack([in_row, in_all])
+    return State(state.step + 1, trained, optimizer_state, skipped), metrics
 
   return step
 
@@ -162,7 +187,10 @@ def make_score(
 
 def init_state(trained, optimizer: optax.GradientTransformation) -> State:
   """Makes the state before the first step."""
-  return State(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+  return State(
+      jnp.zeros((), jnp.int32), trained, optimizer.init(trained),
+      jnp.zeros(2, jnp.int32),
+  )
 
 
 def _over_parts(function, batch, parts):

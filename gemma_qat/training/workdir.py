@@ -1,17 +1,21 @@
 """Does this folder belong to this run?"""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import socket
 import subprocess
-from typing import Any
+from typing import Any, Iterator
 
 import jax
 import ml_collections
 
 from gemma_qat import errors
+from gemma_qat.checkpoints import atomic
 
 CONFIG = 'config.json'
 REVISION = 'revision.json'
@@ -33,14 +37,47 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / REVISION).write_text(
-        json.dumps(_revision(), indent=2) + '\n', encoding='utf-8'
-    )
-    (workdir / CONFIG).write_text(
-        json.dumps(_plain(config), indent=2) + '\n', encoding='utf-8'
-    )
   except OSError as error:
     raise _unusable(workdir, error) from error
+  # The config last: it says that a run began.
+  for name, said in ((REVISION, _revision()), (CONFIG, _plain(config))):
+    with atomic.whole_file(workdir / name) as temporary:
+      temporary.write_text(json.dumps(said, indent=2) + '\n', encoding='utf-8')
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path, work: str) -> Iterator[None]:
+  """Keeps other processes from the same work in a workdir.
+
+  A lock of the operating system: it ends with the process, however that ends.
+
+  Args:
+    workdir: is made if need be.
+    work: 'run', 'train' ...: names the lock's file.
+
+  Raises:
+    UserError: another process holds it, or the folder cannot be written.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(workdir / f'.{work}.lock', 'a+', encoding='utf-8')
+  except OSError as error:
+    raise _unusable(workdir, error) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise errors.UserError(
+          f'--workdir={workdir} is in use by {file.read().strip()}: wait for '
+          'it, stop it, or choose another.'
+      ) from error
+    except OSError:
+      pass  # A file system without locks: as if there were none.
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    file.flush()
+    yield
 
 
 def is_begun(

@@ -1,5 +1,6 @@
 """A run ends where its config says, however often it was stopped."""
 
+import os
 import shutil
 
 from flax import traverse_util
@@ -19,6 +20,7 @@ from gemma_qat.quant import formats
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 from gemma_qat.training import speed
+from gemma_qat.training import workdir as workdir_lib
 from tests import terminating
 
 
@@ -278,8 +280,9 @@ def test_sigterm_saves_the_step_under_way_and_stops(make_config, tmp_path):
     with pytest.raises(errors.Stopped, match='Stopped after step'):
       loop.train(config, tmp_path)
   rows = [row['step'] for row in metrics.read(tmp_path)]
-  (saved,) = (int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
-  assert rows == list(range(saved + 1)) and saved >= 3
+  # What the start was is kept as well.
+  saved, start = orbax_files.steps(tmp_path / 'checkpoints')
+  assert rows == list(range(saved + 1)) and saved >= 3 and start == 0
 
 
 def test_a_workdir_of_another_config_is_refused(make_config, finished):
@@ -291,13 +294,64 @@ def test_a_workdir_of_another_config_is_refused(make_config, finished):
     )
 
 
-def test_a_divergence_that_is_not_finite_ends_the_run(make_config, tmp_path):
-  config = make_config(steps=5, checkpoint_every=5, log_every=1).unlock()
+def test_steps_without_finite_numbers_in_a_row_end_the_run(
+    make_config, tmp_path, capsys
+):
+  config = make_config(
+      steps=9, checkpoint_every=9, log_every=9, most_skipped=2
+  ).unlock()
   config.optimizer.learning_rate = 1e30
-  with pytest.raises(
-      errors.UserError, match='at step [345]: lower config.optimizer.learning'
-  ):
+  with pytest.raises(errors.UserError, match=(
+      r'Step (\d) on batch \1 was skipped: .* That makes 2 in a row '
+      r'\(config.train.most_skipped=2\): lower config.optimizer.learning'
+  )):
     loop.train(config.lock(), tmp_path)
+  assert '1 skipped so far' in capsys.readouterr().err
+  # A start that is whole, and rows that are JSON.
+  assert orbax_files.steps(tmp_path / 'checkpoints') == [0]
+  assert all(np.isfinite(list(r.values())).all() for r in metrics.read(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_written_anew(
+    config, finished, tmp_path, capsys
+):
+  shutil.copytree(finished, tmp_path / 'copy')
+  saved = tmp_path / 'copy' / 'checkpoints'
+  largest = max(
+      (p for p in (saved / '8').rglob('*') if p.is_file()),
+      key=lambda p: p.stat().st_size,
+  )
+  contents = bytearray(largest.read_bytes())
+  contents[len(contents) // 2] ^= 1
+  largest.write_bytes(contents)
+  assert loop.train(config, tmp_path / 'copy') == 8
+  said = capsys.readouterr().err
+  assert '/8 is damaged' in said or '8/' in said and 'is damaged' in said
+  assert 'moved to' in said and 'Going on at step 5.' in said
+  assert (tmp_path / 'copy' / 'damaged' / '8').is_dir()
+  _assert_same_numbers(tmp_path / 'copy', finished, 8)
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(make_config, tmp_path):
+  config = make_config(
+      steps=6, checkpoint_every=1, evaluate_every=6, log_every=6, keep=1,
+      keep_every=4,
+  ).unlock()
+  # Best at the start, then it only gets worse.
+  config.optimizer.learning_rate = 0.3
+  loop.train(config.lock(), tmp_path)
+  rows = [r for r in metrics.read(tmp_path) if r['step']]
+  best = min(rows, key=lambda r: r['heldout_kl_nats'])['step']
+  kept = orbax_files.steps(tmp_path / 'checkpoints')
+  assert sorted(kept) == sorted({0, best, 4, 6})
+
+
+def test_a_workdir_in_use_is_refused(config, finished):
+  with workdir_lib.hold(finished, 'train'):
+    with pytest.raises(errors.UserError, match=(
+        rf'in use by process {os.getpid()} on '
+    )):
+      loop.train(config, finished)
   assert not any((tmp_path / 'checkpoints').glob('[0-9]*'))
 
 

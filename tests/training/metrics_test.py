@@ -70,3 +70,14 @@ def test_no_time_is_foretold_before_anything_is_done(capsys):
   first, second = capsys.readouterr().err.splitlines()
   assert first == 'sweep 0/3 a 1/8'
   assert second.endswith(' s left')
+
+
+def test_however_often_it_is_stopped_there_is_one_file_of_events(tmp_path):
+  _write(tmp_path, None, range(4))
+  size = lambda: [
+      p.stat().st_size for p in (tmp_path / metrics.EVENTS).iterdir()
+  ]
+  once = size()
+  for _ in range(3):
+    _write(tmp_path, 1, range(2, 4))
+  assert size() == once and len(once) == 1

@@ -1,5 +1,8 @@
 """What a checkpoint keeps of a run comes back, or is refused."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,13 +28,13 @@ def _state(step):
   return state._replace(step=jnp.int32(step), optimizer=moved)
 
 
-def _save(saver, step):
+def _save(saver, step, heldout_kl=None):
   manifest = orbax_files.manifest(
       model_config.variant('tiny'), {}, step, 'test'
   )
   saver.save(
       _state(step), FROZEN, manifest | {'data': {'next_index': 7}},
-      {'bytes': np.zeros(3, np.uint8)},
+      {'bytes': np.zeros(3, np.uint8)}, heldout_kl,
   )
 
 
@@ -48,12 +51,7 @@ def workdir(tmp_path_factory):
 def test_the_newest_step_comes_back_as_it_was(workdir):
   with saving.Saver(workdir, keep=2) as saver:
     assert saver.latest == 3
-    student, leaves, manifest = saver.restore(3)
-  assert manifest['step'] == 3 and manifest['data'] == {'next_index': 7}
-  np.testing.assert_array_equal(student['a']['codes'], FROZEN['a/codes'])
-  np.testing.assert_array_equal(student['a']['scale'], TRAINED['a/scale'])
-  restored = saving.restore_optimizer(_state(0).optimizer, leaves)
-  jax.tree.map(np.testing.assert_array_equal, restored, _state(3).optimizer)
+    _assert_is_step_3(saver)
 
 
 def test_only_the_newest_steps_are_kept(workdir):
@@ -94,7 +92,8 @@ def test_every_optimizer_goes_on_bit_for_bit(state, tmp_path):
     gradient = jax.tree.map(lambda x: jnp.sin(30 * x), state.trained)
     updates, kept = optimizer.update(gradient, state.optimizer, state.trained)
     return step_lib.State(
-        state.step + 1, optax.apply_updates(state.trained, updates), kept
+        state.step + 1, optax.apply_updates(state.trained, updates), kept,
+        state.skipped,
     )
 
   fresh = step_lib.init_state(start, optimizer)
@@ -106,7 +105,7 @@ def test_every_optimizer_goes_on_bit_for_bit(state, tmp_path):
     student, leaves, _ = saver.restore(2)
   restored = step_lib.State(
       jnp.int32(2), dict(student_lib.split(student, start)[0]),
-      saving.restore_optimizer(fresh.optimizer, leaves),
+      saving.restore_optimizer(fresh.optimizer, leaves), fresh.skipped,
   )
   jax.tree.map(np.testing.assert_array_equal, restored, saved)
   jax.tree.map(np.testing.assert_array_equal, step(restored), step(saved))
@@ -126,3 +125,79 @@ def test_a_step_that_is_not_there_is_refused(workdir):
   with saving.Saver(workdir, keep=2) as saver:
     with pytest.raises(errors.UserError, match='damaged'):
       saver.restore(99)
+
+
+def _files(folder):
+  return sorted(p for p in folder.rglob('*') if p.is_file())
+
+
+def _is_noticed(workdir):
+  """Whether step 3 is not taken; it is moved away then, for good."""
+  assert saving.newest_whole(workdir) in (2, 3)
+  return saving.latest(workdir) == 2
+
+
+def test_a_flipped_bit_or_a_lost_end_is_noticed_in_every_file(
+    workdir, tmp_path, capsys
+):
+  names = [p.relative_to(workdir) for p in _files(workdir / 'checkpoints/3')]
+  assert len(names) > 10
+  trials = survived = 0
+  for name in names:
+    size = (workdir / name).stat().st_size
+    for damage in ('flip', 'cut', 'remove'):
+      copy = tmp_path / str(trials)
+      shutil.copytree(workdir, copy)
+      contents = bytearray((copy / name).read_bytes())
+      if damage == 'flip' and size:
+        contents[size // 2] ^= 4
+      (copy / name).write_bytes(contents[:size // 2] if damage == 'cut'
+                                else contents)
+      if damage == 'remove':
+        (copy / name).unlink()
+      trials += 1
+      if not _is_noticed(copy):
+        # Then nothing that counts was hit: it comes back as it was.
+        with saving.Saver(copy, keep=2) as saver:
+          _assert_is_step_3(saver)
+        survived += 1
+      shutil.rmtree(copy)
+  assert trials == 3 * len(names) and survived < trials / 2
+  assert 'moved to' in capsys.readouterr().err
+
+
+def _assert_is_step_3(saver):
+  student, leaves, manifest = saver.restore(3)
+  assert manifest['step'] == 3 and manifest['data'] == {'next_index': 7}
+  np.testing.assert_array_equal(student['a']['codes'], FROZEN['a/codes'])
+  np.testing.assert_array_equal(student['a']['scale'], TRAINED['a/scale'])
+  restored = saving.restore_optimizer(_state(0).optimizer, leaves)
+  jax.tree.map(np.testing.assert_array_equal, restored, _state(3).optimizer)
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path):
+  with saving.Saver(tmp_path, keep=1) as saver:
+    _save(saver, 1)
+  (tmp_path / 'checkpoints/1/manifest/data.json').write_text('{}')
+  assert saving.newest_whole(tmp_path) is None
+  with saving.Saver(tmp_path, keep=1) as saver:
+    # Nothing is in its way.
+    _save(saver, 1)
+  assert saving.newest_whole(tmp_path) == 1
+
+
+def test_a_step_that_came_without_sums_is_taken(tmp_path):
+  with saving.Saver(tmp_path, keep=1) as saver:
+    _save(saver, 1)
+  file = tmp_path / 'checkpoints/1/manifest/data.json'
+  said = json.loads(file.read_text())
+  del said['sums'], said['digest']
+  file.write_text(json.dumps(said))
+  assert saving.newest_whole(tmp_path) == 1
+
+
+def test_the_best_and_every_third_step_are_kept(tmp_path):
+  with saving.Saver(tmp_path, keep=1, keep_best=1, keep_every=3) as saver:
+    for step, kl in enumerate((0.5, 0.2, 0.4, None, 0.3, 0.25, 0.3, None)):
+      _save(saver, step, heldout_kl=kl)
+  assert orbax_files.steps(tmp_path / saving.FOLDER) == [7, 6, 3, 1, 0]

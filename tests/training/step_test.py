@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_model
@@ -217,3 +218,51 @@ def test_positions_outside_the_mask_do_not_count(params, student):
   assert one == pytest.approx(other, rel=1e-6)
   whole = mean(small_model.BATCH)
   assert abs(whole - one) > 1e-4 * one
+
+
+def _with_nan(params, name):
+  """A step whose loss is finite, the gradient of one leaf is not."""
+  step, state, frozen, teacher, batch = _prepare(params, 'codes')
+  del step
+  groups = student_lib.groups(
+      student_lib.join(state.trained, frozen), RULES['codes']
+  )
+  optimizer = optimizer_lib.make_optimizer(OPTIMIZER, STEPS, groups)
+
+  def loss(student, teacher, batch):
+    leaf = student_lib.split(student, groups)[0][name]
+    # The root of 0 has an infinite slope.
+    odd = jnp.sqrt(jnp.where(batch['odd'] > 0, 0.0, 1.0) + 0 * jnp.sum(leaf))
+    value = odd + sum(
+        jnp.sum(x) for x in student_lib.split(student, groups)[0].values()
+    )
+    return step_lib.Sums(value, value, jnp.float32(1))
+
+  make = jax.jit(step_lib.make_step(loss, optimizer, groups))
+  run = lambda state, odd: make(
+      state, frozen, teacher, batch | {'odd': jnp.float32(odd)}
+  )
+  return run, state, sorted(groups)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counts(params):
+  run, state, leaves = _with_nan(params, 'final_norm')
+  state, fine = run(state, 0)
+  assert int(fine['culprit']) == -1 and not int(fine['skipped_steps'])
+  for times in (1, 2):
+    after, scalars = run(state, 1)
+    assert leaves[int(scalars['culprit'])] == 'final_norm'
+    assert np.isfinite(scalars['loss'])
+    assert int(scalars['skipped_in_row']) == times
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (after.trained, after.optimizer), (state.trained, state.optimizer),
+    )
+    assert int(after.step) == int(state.step) + 1
+    state = after
+  after, scalars = run(state, 0)
+  assert int(scalars['skipped_in_row']) == 0
+  assert int(scalars['skipped_steps']) == 2
+  moved = [np.any(np.asarray(after.trained[p] != state.trained[p]))
+           for p in leaves]
+  assert all(moved)

@@ -1,6 +1,8 @@
 """A workdir belongs to the run that began it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,35 @@ def test_whether_a_run_began_is_found_out_without_a_trace(tmp_path):
   assert workdir_lib.is_begun(folder, _config())
   with pytest.raises(errors.UserError, match='another config'):
     workdir_lib.is_begun(folder, _config(steps=9))
+
+
+HOLDER = '''
+import pathlib, sys
+from gemma_qat.training import workdir
+with workdir.hold(pathlib.Path(sys.argv[1]), 'train'):
+  print('held', flush=True)
+  sys.stdin.read()
+'''
+
+
+def test_a_process_that_holds_a_workdir_keeps_others_out_until_it_dies(
+    tmp_path
+):
+  holder = subprocess.Popen(
+      [sys.executable, '-c', HOLDER, str(tmp_path)], text=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+  )
+  try:
+    assert holder.stdout.readline() == 'held\n'
+    with pytest.raises(
+        errors.UserError, match=f'in use by process {holder.pid} on'
+    ):
+      with workdir_lib.hold(tmp_path, 'train'):
+        pass
+    with workdir_lib.hold(tmp_path, 'export'):
+      pass
+  finally:
+    holder.kill()
+    holder.communicate()
+  with workdir_lib.hold(tmp_path, 'train'):
+    pass
