@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     return module.main(rest) or 0
   except errors.UserError as error:
     print(f'gemma-qat {name}: {error}', file=sys.stderr)
-    return 2
+    return _left(2)
   except errors.Stopped as error:
     print(f'gemma-qat {name}: {error}', file=sys.stderr)
     return error.exit_code
@@ -62,6 +62,14 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f'gemma-qat {name}: stopped.', file=sys.stderr)
     return 130
+
+
+def _left(code):
+  """Returns the code, or ends here what other processes do not know of."""
+  hosts = sys.modules.get('gemma_qat.hosts')
+  if hosts is not None and hosts.is_joined():
+    hosts.abandon(code)
+  return code
 
 
 def _ask_for_huge_pages():

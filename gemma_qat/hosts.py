@@ -5,14 +5,27 @@ mesh. Arrays lie where `sharding` says, text is read in shares, the first
 process alone writes reports.
 """
 
+from collections.abc import Iterator
+import contextlib
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 from gemma_qat import errors
+
+# After so long a silence a process counts as gone (JAX's own: 100), and so long
+# one that ends waits for the others (300).
+_SILENCE_SECONDS, _PARTING_SECONDS = 60, 60
+# What the libraries say when a process at the other end is gone: Gloo and NCCL,
+# which carry the arrays, and JAX's coordination service.
+_GONE = (
+    'gloo', 'nccl', 'connection', 'peer', 'heartbeat', 'coordination',
+    'unavailable', 'barrier', 'socket',
+)
 
 
 def join(
@@ -40,7 +53,11 @@ def join(
         'JAX knows.'
     )
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id,
+        heartbeat_timeout_seconds=_SILENCE_SECONDS,
+        shutdown_timeout_seconds=_PARTING_SECONDS,
+    )
   except (ValueError, RuntimeError) as error:
     reason = str(error).strip().splitlines()[0]
     raise errors.UserError(
@@ -52,8 +69,45 @@ def join(
 
 def leave() -> None:
   """Parts from the others: what follows is done by this process alone."""
-  if jax.process_count() > 1:
+  if is_joined():
     jax.distributed.shutdown()
+
+
+def is_joined() -> bool:
+  """Whether other processes wait for this one."""
+  return jax.distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Says in one line that another process is gone, where the block meets that.
+
+  Raises:
+    UserError: another process of the job ended.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).strip().splitlines()[0]
+    if jax.process_count() == 1 or not any(
+        word in reason.lower() for word in _GONE
+    ):
+      raise
+    raise errors.UserError(
+        f'Another process of this job is gone ({reason:.200}): see what it '
+        'said last, then start all of them with the same command. They go on '
+        'from the last checkpoint.'
+    ) from error
+
+
+def abandon(code: int) -> NoReturn:
+  """Ends this process without the farewell for which others would be awaited.
+
+  They learn of it by the connections that close, and end as well.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)  # pylint: disable=protected-access
 
 
 def is_first() -> bool:

@@ -67,6 +67,18 @@ def whole_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_rests(folder: str | os.PathLike) -> None:
+  """Removes what `whole_file` and `whole_folder` left there when killed.
+
+  Only for a folder that nobody else writes to.
+  """
+  for path in pathlib.Path(folder).glob('.*.partial'):
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
 def make_folder(path: str | os.PathLike) -> None:
   """Makes a folder and those above it.
 

@@ -85,6 +85,7 @@ def convert(
   layouts.check(target)
   if target.chat_template:
     checkpoint = _with_turns(checkpoint, chat.template(target.chat_template))
+  _check_turns(checkpoint)
   rounding, counted = prepare.Rounding(), changes.Changes()
   prepared = prepare.prepare(
       checkpoint, layouts.choices(checkpoint, target), rounding, recover
@@ -143,6 +144,22 @@ def uniform_choices(
   return rules.resolve(
       ((prepare.LAYER_MATRICES, matrices), ('^embedding$', embedding)), names
   )
+
+
+def _check_turns(checkpoint):
+  """Refuses a template whose turns a runtime could not tell from text."""
+  tokenizer = checkpoint.tokenizer
+  if tokenizer is None or not tokenizer.chat_template:
+    return
+  for piece in (chat.TURN_BEGINS, chat.TURN_ENDS):
+    if piece in tokenizer.chat_template and (
+        tokenizer.encode(piece, specials=True).size != 1
+    ):
+      raise errors.UserError(
+          f'{checkpoint.source} has a chat template that writes {piece}, but '
+          'no such token: answers would never end. Give it the tokenizer that '
+          'it was trained with.'
+      )
 
 
 def _with_turns(checkpoint, template):

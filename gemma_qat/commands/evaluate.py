@@ -24,6 +24,7 @@ from gemma_qat.evaluation import llama_cpp
 from gemma_qat.evaluation import llama_engine
 from gemma_qat.evaluation import llama_tool
 from gemma_qat.evaluation import protocol
+from gemma_qat.model import ranges
 from gemma_qat.reporting import tables
 from gemma_qat.training import metrics
 
@@ -68,6 +69,7 @@ def evaluate(
     against: str | None = None,
     engine: str = 'llama.cpp',
     on_chunk: protocol.OnChunk | None = None,
+    magnitudes: dict[str, dict[str, float]] | None = None,
 ) -> tuple[str, dict[str, protocol.Fidelity]]:
   """Measures models side by side on one text.
 
@@ -80,6 +82,8 @@ def evaluate(
     engine: 'llama.cpp' (llama-perplexity where it is installed, else the
       library in process) or 'jax'.
     on_chunk: hears of every chunk, beside the progress display.
+    magnitudes: receives, of each model that JAX runs, the largest of what its
+      layers compute; see `model.ranges`.
 
   Returns:
     (what measured, name -> Fidelity).
@@ -91,7 +95,7 @@ def evaluate(
     shown = _Shown(stack, engine, on_chunk)
     if engine == 'jax':
       return 'JAX ' + jax.__version__, _by_jax(
-          models, text, context, chunks, against, shown
+          models, text, context, chunks, against, shown, magnitudes
       )
     files = {
         name: _as_gguf(stack, name, model) for name, model in models.items()
@@ -130,7 +134,8 @@ def join(documents: Sequence[sources.Document]) -> str:
   return '\n\n'.join(d.text for d in documents)
 
 
-def _by_jax(models, text, context, chunks, against, on_chunk):
+def _by_jax(models, text, context, chunks, against, on_chunk, magnitudes):
+  magnitudes = {} if magnitudes is None else magnitudes
   loaded, tokens, bos = {}, None, None
   for name, model in models.items():
     checkpoint = detect.load(model)
@@ -142,17 +147,27 @@ def _by_jax(models, text, context, chunks, against, on_chunk):
           'only models of one vocabulary can be compared.'
       )
     tokens, bos = ids, tokenizer.bos_id
-    loaded[name] = _jax_model(checkpoint)
+    loaded[name] = _jax_model(checkpoint, magnitudes.setdefault(name, {}))
   return jax_engine.evaluate(
       loaded, protocol.chunk_tokens(tokens, context, bos, chunks), against,
       on_chunk,
   )
 
 
-def _jax_model(checkpoint):
+def _jax_model(checkpoint, magnitudes):
   network, params = networks.load(checkpoint)
-  hidden = jax.jit(lambda p, tokens: network.apply({'params': p}, tokens))
-  return lambda tokens: hidden(params, tokens), params['embedding']
+  apply = jax.jit(
+      lambda p, tokens: network.apply({'params': p}, tokens, mutable='range')
+  )
+
+  def hidden(tokens):
+    states, seen = apply(params, tokens)
+    ranges.widen(
+        magnitudes, ranges.by_layer(checkpoint.config, seen['range'])
+    )
+    return states
+
+  return hidden, params['embedding']
 
 
 def _as_gguf(stack, name, model):

@@ -19,11 +19,13 @@ from gemma_qat.commands import evaluate
 from gemma_qat.commands import job_flags
 from gemma_qat.data import chat
 from gemma_qat.evaluation import llama_engine
+from gemma_qat.model import ranges
 from gemma_qat.reporting import report as reporting
 from gemma_qat.reporting import tables
 from gemma_qat.training import loop
 from gemma_qat.training import metrics
 from gemma_qat.training import settings
+from gemma_qat.training import stopping
 from gemma_qat.training import text as text_lib
 from gemma_qat.training import workdir as workdirs
 
@@ -85,17 +87,30 @@ def run(
     UserError, Stopped: as `loop.train`.
   """
   workdir = pathlib.Path(workdir)
-  clock = _Clock(workdir)
-  with clock.phase('train'):
-    step = loop.train(config, workdir, profile)
-  is_first = hosts.is_first()
-  hosts.leave()
-  if not is_first:
-    return None
+  with contextlib.ExitStack() as held:
+    if hosts.is_first():
+      # Before training: its result is not for two to export.
+      held.enter_context(workdirs.hold(workdir, 'run'))
+    clock = _Clock(workdir)
+    with clock.phase('train'):
+      step = loop.train(config, workdir, profile)
+    is_first = hosts.is_first()
+    hosts.leave()
+    if not is_first:
+      return None
+    # What a kill left behind of files that were under way.
+    atomic.remove_rests(workdir)
+    with stopping.at_once('the same command goes on'):
+      return _prove(config, workdir, step, clock)
+
+
+def _prove(config, workdir, step, clock):
+  """Exports, evaluates and reports what was trained; see `run`."""
   with clock.phase('export'):
     files, embedding = _export(config, workdir, step)
   text = evaluate.join(text_lib.evaluation(config))
-  (workdir / TEXT).write_text(text, encoding='utf-8')
+  with atomic.whole_file(workdir / TEXT) as temporary:
+    temporary.write_text(text, encoding='utf-8')
   e = config.evaluation
   # What llama.cpp says of the chunks that JAX reads, too.
   same = {}
@@ -109,8 +124,10 @@ def run(
     engine, fidelities = evaluate.evaluate(
         files, text, e.context, e.chunks, 'base', on_chunk=on_chunk
     )
+    magnitudes = {}
     _, by_jax = evaluate.evaluate(
-        files, text, e.context, e.jax_chunks, 'base', engine='jax'
+        files, text, e.context, e.jax_chunks, 'base', engine='jax',
+        magnitudes=magnitudes,
     )
     samples = _samples(config, files)
   report = reporting.make_report(
@@ -129,6 +146,7 @@ def run(
       jax=by_jax,
       on_jax_chunks=same or None,
       samples=samples,
+      activations={n: ranges.summary(m) for n, m in magnitudes.items()},
   )
   reporting.write(workdir, report, metrics.read(workdir))
   return report, fidelities

@@ -6,15 +6,11 @@ ones go on, one that fails does not end the others.
 """
 
 import argparse
-import contextlib
-import errno
-import fcntl
 import pathlib
 import sys
 import time
 
 from gemma_qat import errors
-from gemma_qat import hosts
 from gemma_qat.checkpoints import atomic
 from gemma_qat.commands import config_flags
 from gemma_qat.commands import job_flags
@@ -26,7 +22,7 @@ from gemma_qat.commands import sweep_points
 from gemma_qat.commands import sweep_sheets
 from gemma_qat.training import metrics
 
-_LOCK, _SUBMITTED = '.lock', '.submitted'
+_SUBMITTED = '.submitted'
 # Seconds between two looks at how far the points are.
 _EVERY = 5.0
 
@@ -86,9 +82,7 @@ def _check(a):
 def _do(a, point):
   """One point, in this process."""
   job_flags.apply(a)
-  folder = a.workdir / point.name
-  with _lock(folder) if hosts.is_first() else contextlib.nullcontext():
-    run.run_and_say(point.config, folder, a.profile)
+  run.run_and_say(point.config, a.workdir / point.name, a.profile)
 
 
 def _sweep(a, points, overrides):
@@ -155,29 +149,6 @@ def _job(a, point, overrides):
 
 def _state(a, point):
   return sweep_points.state(point, a.workdir / point.name)
-
-
-@contextlib.contextmanager
-def _lock(folder):
-  """Keeps a second process out of a point's folder."""
-  atomic.make_folder(folder)
-  try:
-    file = open(folder / _LOCK, 'w', encoding='utf-8')
-  except OSError as error:
-    raise errors.UserError(
-        f'{folder} cannot be written to ({error.strerror}): choose another '
-        '--workdir.'
-    ) from error
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      # A disk without locks is no reason not to work.
-      if error.errno in (errno.EAGAIN, errno.EACCES):
-        raise errors.UserError(
-            f'Another process is at work in {folder}: wait for it, or stop it.'
-        ) from error
-    yield
 
 
 def _watch(a, points, progress):

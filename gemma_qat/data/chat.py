@@ -13,7 +13,8 @@ from gemma_qat import errors
 
 GEMMA = 'gemma'
 # What stands around a user's turn and before the model's.
-USER_BEGINS = '<start_of_turn>user\n'
+TURN_BEGINS = '<start_of_turn>'
+USER_BEGINS = f'{TURN_BEGINS}user\n'
 TURN_ENDS = '<end_of_turn>'
 MODEL_BEGINS = '\n<start_of_turn>model\n'
 _SPEAKERS = {'user': 'user', 'assistant': 'model', 'model': 'model'}

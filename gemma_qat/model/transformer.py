@@ -82,7 +82,9 @@ class Transformer(nn.Module):
       [B, L, D] in `residual_dtype`; with a cache also the cache, filled.
       Where the collection 'gram' is mutable, it receives the second moments
       [C, C] of matrices' inputs, summed over tokens: under the name of the
-      first of those that share their inputs (`READERS`).
+      first of those that share their inputs (`READERS`). The collection
+      'range' receives the largest magnitudes of what each layer computes, see
+      `ranges`.
     """
     c = self.config
     if positions is None:
@@ -102,7 +104,7 @@ class Transformer(nn.Module):
     if c.num_groups:
       scan = nn.scan(
           _Layers,
-          variable_axes={'params': 0, 'gram': 0},
+          variable_axes={'params': 0, 'gram': 0, 'range': 0},
           split_rngs={'params': True},
           in_axes=(nn.broadcast, 0),
           out_axes=0,
@@ -184,6 +186,12 @@ class _Block(nn.Module):
     w = {n: _weight(self, self.settings, self.prefix, n, specs) for n in specs}
     put = self.settings.constrain
 
+    def see(y, name):
+      if self.is_mutable_collection('range'):
+        self.sow('range', name, jnp.max(jnp.abs(y)).astype(jnp.float32),
+                 init_fn=lambda: 0.0, reduce_fn=jnp.maximum)
+      return y
+
     def product(y, name):
       if name in READERS and self.is_mutable_collection('gram'):
         self.sow('gram', name, layers.gram(y, specs[name].contraction, dtype),
@@ -209,14 +217,14 @@ class _Block(nn.Module):
       cache, mask = _extend(cache, k, v, positions, window)
       y = attention.attend_cached(q, cache['k'], cache['v'], mask, dtype)
     y = put(product(put(y, _HEADS), 'attn_o').astype(x.dtype), _STREAM)
-    x += norm(y, 'attn_post_norm')
+    x += norm(see(y, 'attention'), 'attn_post_norm')
 
     y = norm(x, 'mlp_pre_norm')
     gate, up = (put(product(y, n), _MLP) for n in ('mlp_gate', 'mlp_up'))
-    y = layers.gelu(gate) * up
-    y = put(product(y, 'mlp_down').astype(x.dtype), _STREAM)
+    y = see(layers.gelu(gate) * up, 'gated')
+    y = see(put(product(y, 'mlp_down').astype(x.dtype), _STREAM), 'mlp')
     x += norm(y, 'mlp_post_norm')
-    return x, cache
+    return see(x, 'stream'), cache
 
 
 def unembed(hidden, embedding, dtype=jnp.float32):

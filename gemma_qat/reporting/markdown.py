@@ -36,6 +36,7 @@ def render_markdown(
       '## How it was measured',
       _protocol(report),
       _jax(report),
+      _activations(report.get('activations') or {}),
       _samples(report.get('samples', ())),
       '## Training',
       _training_table(report),
@@ -135,6 +136,25 @@ def _jax(report):
           _fidelity_table(same),
       )),
   ))
+
+
+def _activations(found):
+  """What a runtime that computes in float16 has to expect."""
+  if 'qat' not in found:
+    return ''
+  qat = found['qat']
+  beyond = qat['beyond_float16']
+  said = (
+      'The largest number that a layer of the trained model computed on this '
+      f'text is {qat["largest"]:,.0f} ({qat["at"]}); float16 ends at 65,504.'
+  )
+  if beyond:
+    said += (
+        f' {len(beyond)} places are beyond it, the first of them '
+        f'{beyond[0]}: runtimes must compute activations in bfloat16 or '
+        'float32, as llama.cpp does.'
+    )
+  return said
 
 
 def _samples(samples):

@@ -80,6 +80,7 @@ def make_report(
     jax: Fidelities | None = None,
     on_jax_chunks: Fidelities | None = None,
     samples: Sequence[Mapping[str, str]] = (),
+    activations: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
   """Assembles the numbers of a run.
 
@@ -94,6 +95,7 @@ def make_report(
       on fewer chunks of the same text.
     on_jax_chunks: by llama.cpp again, on the very chunks that JAX read.
     samples: 'prompt' and what each model said to it, by its name.
+    activations: the largest of each model, `model.ranges.summary`.
 
   Returns:
     What `report.json` holds: only dicts, lists, strings, numbers and None.
@@ -120,6 +122,7 @@ def make_report(
           None if on_jax_chunks is None else _figures(on_jax_chunks)
       ),
       'samples': [dict(s) for s in samples],
+      'activations': {n: dict(a) for n, a in (activations or {}).items()},
       'seconds_by_phase': {
           k: v for k, v in seconds.items() if k != 'total'
       },

@@ -56,7 +56,7 @@ def train(
   workdir = pathlib.Path(workdir)
   s = settings.read(config)
   mesh = sharding.make_mesh(s.mesh.data, s.mesh.fsdp, s.mesh.tensor)
-  with contextlib.ExitStack() as held:
+  with contextlib.ExitStack() as held, hosts.together():
     if hosts.is_first():
       held.enter_context(workdir_lib.hold(workdir, 'train'))
       workdir_lib.claim(workdir, config)
@@ -101,6 +101,8 @@ def _train(config, s, mesh, workdir, newest, profile):
       hosts.say(f'Going on at step {newest}.')
     else:
       student = job_lib.start(s, base, params, plan, text.calibrating)
+      if not s.quant.fold:
+        starts.check_made(base.config, params, student, plan, s.quant.start)
     first = newest or 0
     kind = metrics.Writer if hosts.is_first() else metrics.Silence
     with (

@@ -91,8 +91,11 @@ class Saver:
   def __enter__(self):
     return self
 
-  def __exit__(self, *exception):
-    self._checkpointer.close()
+  def __exit__(self, kind, *exception):
+    # What one of several processes failed at the others do not know of: Orbax
+    # would wait for them.
+    if jax.process_count() == 1 or kind in (None, errors.Stopped):
+      self._checkpointer.close()
 
   @property
   def latest(self) -> int | None:

@@ -1,10 +1,12 @@
 """Where do a student's codes start?"""
 
+import functools
 from typing import Any, Callable, Mapping
 import zlib
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat import errors
@@ -16,6 +18,11 @@ from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
 from gemma_qat.quant import rules
 from gemma_qat.quant import search
+from gemma_qat.training import settings
+
+# Rounding to four bits moves a matrix by a tenth of its norm; two matrices that
+# have nothing to do with one another are 1.4 apart.
+_FARTHEST = 0.5
 
 # One program for each shape: operation by operation tiny takes a minute.
 _init_node = jax.jit(
@@ -143,6 +150,59 @@ def check_start(plan, start: str) -> None:
         "computes its own from the weights at every step: use the mode "
         "'learned' or 'codes', or start='reference'."
     )
+
+
+def check_made(
+    config: model_config.ModelConfig,
+    params: Mapping[str, Any],
+    student: Mapping[str, Any],
+    plan,
+    start: str,
+) -> None:
+  """Refuses a student that is no quantized form of its teacher.
+
+  What is not quantized is the teacher's to the bit, so that the student without
+  its fake quantization would be the teacher; what is lies near it.
+
+  Args:
+    config: the sizes.
+    params: the teacher's tree, float32.
+    student: of `init_student` or `follow`, unless channels were folded.
+    plan: from `student.make_plan`.
+    start: see `settings.QuantSettings.start`.
+
+  Raises:
+    UserError: names the weight that is another one.
+  """
+  specs = weights.tree_specs(config)
+  leaves = traverse_util.flatten_dict(student, sep='/')
+  for path, weight in traverse_util.flatten_dict(params, sep='/').items():
+    if path in plan:
+      parts = lattice.parts(plan[path][1])
+      node = {p: leaves[f'{path}/{p}'] for p in parts} or leaves[path]
+      far = float(_distance(node, weight, *plan[path]))
+    elif specs[path].contraction or start in settings.STARTS:
+      far = float(not np.array_equal(leaves[path], weight))
+    else:
+      continue  # Gains of another model, trained with its codes.
+    if not far <= _FARTHEST:
+      raise errors.UserError(
+          f'The student begins with {path} {far:.0%} away from the weights of '
+          f'config.model.checkpoint (config.quant.start={start}): the two are '
+          'not the same model.'
+      )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _distance(node, weight, fmt, mode, contraction):
+  """Of what the forward pass sees from the weight, relative to the weight."""
+  values = node if mode == 'fixed' else fmt.dequantize(
+      lattice.quantized(node, fmt, mode, contraction)
+  )
+  return jnp.sqrt(
+      jnp.sum(jnp.square(values - weight))
+      / jnp.maximum(jnp.sum(jnp.square(weight)), 1e-30)
+  )
 
 
 def _more(path, spec):

@@ -1,8 +1,10 @@
 """How does a long piece of work learn that it should stop?"""
 
+import contextlib
 import signal
-from typing import Callable
+from typing import Callable, Iterator
 
+from gemma_qat import errors
 from gemma_qat import hosts
 
 
@@ -53,3 +55,23 @@ class Signal(Counter):
   def _ask(self, number, frame):
     super()._ask(number, frame)
     self.leave(number)
+
+
+@contextlib.contextmanager
+def at_once(then: str) -> Iterator[None]:
+  """Turns SIGTERM into `Stopped` for work that is done anew, not gone on with.
+
+  Files under way are removed on the way out; Ctrl-C does that by itself.
+  """
+  def stop(number, frame):
+    raise errors.Stopped(f'Stopped; {then}.')
+
+  try:
+    old = signal.signal(signal.SIGTERM, stop)
+  except ValueError:
+    old = None  # Not the main thread: whoever runs us handles signals.
+  try:
+    yield
+  finally:
+    if old is not None:
+      signal.signal(signal.SIGTERM, old)

@@ -66,7 +66,7 @@ def hold(workdir: pathlib.Path, work: str) -> Iterator[None]:
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:
       file.seek(0)
       raise errors.UserError(
           f'--workdir={workdir} is in use by {file.read().strip()}: wait for '

@@ -46,3 +46,13 @@ def test_disk_errors_are_said_in_one_line(tmp_path):
     with atomic.whole_folder(tmp_path / 'missing' / 'x'):
       raise AssertionError('never entered')
   assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+  for name in ('.x.gguf.abc.partial', 'x.gguf', '.run.lock', 'y.partial'):
+    (tmp_path / name).write_text(name)
+  (tmp_path / '.folder.abc.partial' / 'deep').mkdir(parents=True)
+  atomic.remove_rests(tmp_path)
+  assert {p.name for p in tmp_path.iterdir()} == {
+      'x.gguf', '.run.lock', 'y.partial'
+  }

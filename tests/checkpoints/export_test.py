@@ -12,6 +12,7 @@ from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
 from gemma_qat.checkpoints import layouts
 from gemma_qat.checkpoints import random_weights
+from gemma_qat.data import chat
 
 
 @pytest.fixture(scope='module')
@@ -144,3 +145,20 @@ def test_what_a_layout_does_not_have_is_refused(trained, target, reason,
                                                 tmp_path):
   with pytest.raises(errors.UserError, match=reason):
     export.convert(trained, tmp_path / 'x', target)
+
+
+def test_a_template_whose_turns_are_no_tokens_is_refused(trained, tmp_path):
+  tokenizer = dataclasses.replace(
+      trained.tokenizer, chat_template=chat.TEMPLATE
+  )
+  speaking = dataclasses.replace(trained, tokenizer=tokenizer)
+  export.export(speaking, tmp_path / 'whole.gguf')
+  pieces = tuple(
+      '<other>' if p == chat.TURN_ENDS else p for p in tokenizer.pieces
+  )
+  lost = dataclasses.replace(speaking, tokenizer=dataclasses.replace(
+      tokenizer, pieces=pieces, end_of_turn_id=None
+  ))
+  with pytest.raises(errors.UserError, match='writes <end_of_turn>, but no'):
+    export.export(lost, tmp_path / 'lost.gguf')
+  assert not (tmp_path / 'lost.gguf').exists()

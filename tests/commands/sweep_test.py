@@ -1,7 +1,6 @@
 """A sweep, small: stopped, gone on with, one point of it failing."""
 
 import contextlib
-import fcntl
 import io
 import json
 import pathlib
@@ -13,6 +12,7 @@ import time
 import pytest
 
 from gemma_qat import __main__ as cli
+from gemma_qat.training import workdir as workdirs
 
 # A checkpoint a step makes the steps slow enough to be stopped in between.
 _CONFIG = '''
@@ -159,12 +159,10 @@ def test_a_point_begun_with_another_config_is_refused(
 def test_a_point_at_work_is_not_begun_twice(arguments, workdir, tmp_path):
   del workdir
   held = tmp_path / 'seed1'
-  held.mkdir()
-  with open(held / '.lock', 'w', encoding='utf-8') as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+  with workdirs.hold(held, 'run'):
     code, _, err = _say([*arguments, f'--workdir={tmp_path}', '--point=2'])
   assert code == 2
-  assert str(held) in err and 'Another process' in err
+  assert str(held) in err and 'in use by process' in err
 
 
 def test_the_report_sets_the_points_side_by_side(gone_on, workdir, tmp_path):

@@ -1,6 +1,8 @@
 """Whatever finds the codes of step 0, they are codes that a file can hold."""
 
 from flax import traverse_util
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import small_model
 
 from gemma_qat import errors
 from gemma_qat.quant import lattice
+from gemma_qat.training import starts
 
 
 @pytest.mark.parametrize('start', ['search', 'gptq'])
@@ -89,3 +92,76 @@ def test_an_embedding_of_four_bits_starts_by_what_the_head_reads(
     error = np.asarray(entry[0].dequantize(weight)) - params['embedding']
     return np.sum((error @ gram) * error)
   assert lost(start) < 0.95 * lost('reference')
+
+
+@pytest.mark.parametrize('mode', ['codes', 'learned', 'derived', 'fixed'])
+def test_a_student_of_its_teacher_is_taken(params, mode):
+  plan = small_model.make_plan_of(mode)
+  starts.check_made(
+      small_model.CONFIG, params, small_model.init_student(params, plan), plan,
+      'reference',
+  )
+
+
+@pytest.mark.parametrize('path', [
+    'groups/layer_0/mlp_up/codes', 'embedding/scale', 'final_norm',
+])
+def test_a_student_of_another_model_is_refused(params, student, path):
+  flat = small_model.flat(student)
+  flat[path] = np.asarray(flat[path])[::-1]
+  weight = path.removesuffix('/codes').removesuffix('/scale')
+  with pytest.raises(errors.UserError, match=f'begins with {weight} .* away'):
+    starts.check_made(
+        small_model.CONFIG, params, traverse_util.unflatten_dict(flat, sep='/'),
+        small_model.PLAN, 'gptq',
+    )
+
+
+@pytest.mark.parametrize('mode', ['derived', 'learned', 'codes'])
+def test_step_0_is_the_teacher_without_fake_quant_and_ptq_with_it(
+    params, mode
+):
+  plan = small_model.make_plan_of(mode)
+  student = small_model.init_student(params, plan)
+  tokens = jnp.asarray(small_model.BATCH['tokens'][:2])
+  apply = lambda model, tree: np.asarray(
+      jax.jit(model.apply)({'params': tree}, tokens)
+  )
+  teacher = apply(small_model.make_model(), params)
+  # PTQ as a file of it is read: codes and scales, dequantized.
+  flat = small_model.flat(params)
+  for path, entry in plan.items():
+    quantize = jax.jit(entry[0].quantize, static_argnums=1)
+    flat[path] = entry[0].dequantize(quantize(flat[path], entry[2]))
+  ptq = apply(
+      small_model.make_model(), traverse_util.unflatten_dict(flat, sep='/')
+  )
+  assert np.abs(ptq - teacher).max() > 0.01
+  if mode == 'learned':
+    # Masters round by the float16 scale, the reference by its float32.
+    for path, entry in plan.items():
+      ours = small_model.stored(student, path, entry).codes
+      quantize = jax.jit(entry[0].quantize, static_argnums=1)
+      theirs = quantize(small_model.node(params, path), entry[2]).codes
+      steps = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+      assert steps.max() <= 1 and np.mean(steps) < 0.005
+  else:
+    quantized = apply(small_model.make_model(plan), student)
+    np.testing.assert_allclose(quantized, ptq, rtol=1e-5, atol=1e-5)
+  if mode == 'codes':
+    return  # Nothing is left of the weights themselves.
+  without = small_model.flat(student)
+  for path in plan:
+    if path + '/master' in without:
+      without[path] = without[path + '/master']
+      for part in ('/master', '/scale'):
+        without.pop(path + part, None)
+    elif path + '/codes' in without:
+      without[path] = small_model.node(params, path)
+      for part in ('/codes', '/scale'):
+        without.pop(path + part)
+  np.testing.assert_array_equal(
+      apply(small_model.make_model(),
+            traverse_util.unflatten_dict(without, sep='/')),
+      teacher,
+  )

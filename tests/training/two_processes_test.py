@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ _CHANGES = (
 )
 
 
-def _start(workdir, text, checkpoint, port, process):
+def _start(workdir, text, checkpoint, port, process, *more):
   environment = dict(os.environ, JAX_PLATFORMS='cpu')
   environment['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
   return subprocess.Popen(
@@ -35,7 +36,7 @@ def _start(workdir, text, checkpoint, port, process):
           f'--config.data.train=files:{text}/train*.txt',
           '--config.data.heldout_fraction=0.3',
           f'--config.evaluation.text=files:{text}/held*.txt',
-          '--config.mesh.fsdp=2', '--config.mesh.gather=codes',
+          '--config.mesh.fsdp=2', '--config.mesh.gather=codes', *more,
           f'--workdir={workdir}', f'--coordinator=127.0.0.1:{port}',
           '--num_processes=2', f'--process_id={process}',
       ],
@@ -44,14 +45,18 @@ def _start(workdir, text, checkpoint, port, process):
   )
 
 
+def _free_port():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
 @pytest.fixture(scope='module')
 def by_two(text, one_layer, tmp_path_factory):
   """Workdir of a run by two processes of two devices each, and what they said.
   """
   workdir = tmp_path_factory.mktemp('runs') / 'two'
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
+  port = _free_port()
   processes = [_start(workdir, text, one_layer, port, i) for i in (0, 1)]
   said = [p.communicate(timeout=600) for p in processes]
   assert [p.returncode for p in processes] == [0, 0], said
@@ -110,3 +115,42 @@ def test_what_two_wrote_one_restores_on_another_mesh(
   _assert_near(workdir, by_two[0])
   assert (workdir / 'checkpoints' / '8').is_dir()
   assert np.isfinite(metrics.read(workdir)[-1]['heldout_kl_nats'])
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_whose_peer_was_killed_ends_and_both_go_on(
+    text, one_layer, tmp_path, victim
+):
+  def start():
+    port = _free_port()
+    return [
+        _start(
+            tmp_path, text, one_layer, port, i, '--config.train.steps=80',
+            '--config.train.log_every=1', '--config.train.checkpoint_every=20',
+            '--config.train.evaluate_every=80',
+        ) for i in (0, 1)
+    ]
+
+  processes = start()
+  deadline = time.monotonic() + 400
+  while len(metrics.read(tmp_path)) < 6:
+    assert time.monotonic() < deadline, 'no step in 400 s'
+    assert all(p.poll() is None for p in processes)
+    time.sleep(0.05)
+  processes[victim].kill()
+  processes[victim].communicate()
+  # The connection that closes tells at once; at the worst, JAX's patience of a
+  # minute and its farewell of another.
+  _, said = processes[1 - victim].communicate(timeout=150)
+  if processes[1 - victim].returncode == 2:
+    assert 'Another process of this job is gone' in said.splitlines()[-1]
+  else:
+    # The first serves the others' messages: JAX itself may end what lost it.
+    assert victim == 0 and 'distributed service' in said, said
+  if victim == 0:
+    return  # The same as below.
+  processes = start()
+  said = [p.communicate(timeout=600) for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], said
+  steps = [row['step'] for row in metrics.read(tmp_path)]
+  assert steps == list(range(81))

@@ -8,15 +8,9 @@ high. Five minutes a point on two cores.
   gemma-qat report runs/averages
 """
 
-import ml_collections
-
 from experiments.configs import gemma3_270m_small
 
-
-def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  c = gemma3_270m_small.get_config(variant).unlock()
-  c.name = 'averages'
-  return c.lock()
+get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:

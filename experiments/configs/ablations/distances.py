@@ -9,15 +9,9 @@ judged by the forward KL. About six minutes a point on two cores.
   gemma-qat report runs/distances
 """
 
-import ml_collections
-
 from experiments.configs import gemma3_270m_small
 
-
-def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  c = gemma3_270m_small.get_config(variant).unlock()
-  c.name = 'distances'
-  return c.lock()
+get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:

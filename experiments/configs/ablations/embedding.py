@@ -9,15 +9,9 @@ minutes a point on two cores.
   gemma-qat report runs/embedding
 """
 
-import ml_collections
-
 from experiments.configs import gemma3_270m_small
 
-
-def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  c = gemma3_270m_small.get_config(variant).unlock()
-  c.name = 'embedding'
-  return c.lock()
+get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:

@@ -8,15 +8,9 @@ uses the same statistics. Two minutes a point on two cores more than the run.
   gemma-qat report runs/folding
 """
 
-import ml_collections
-
 from experiments.configs import gemma3_270m_small
 
-
-def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  c = gemma3_270m_small.get_config(variant).unlock()
-  c.name = 'folding'
-  return c.lock()
+get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:

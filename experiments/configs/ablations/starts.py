@@ -9,15 +9,9 @@ instructions, so 45 in all; `:tiny` takes a minute.
   gemma-qat report runs/starts
 """
 
-import ml_collections
+from experiments.configs import gemma3_270m_small
 
-from experiments.configs import gemma3_270m_cpu
-
-
-def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  c = gemma3_270m_cpu.get_config(variant).unlock()
-  c.name = 'starts'
-  return c.lock()
+get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:

@@ -9,15 +9,9 @@ cores.
   gemma-qat report runs/trained
 """
 
-import ml_collections
-
 from experiments.configs import gemma3_270m_small
 
-
-def get_config(variant: str = '') -> ml_collections.ConfigDict:
-  c = gemma3_270m_small.get_config(variant).unlock()
-  c.name = 'trained'
-  return c.lock()
+get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:
