@@ -87,6 +87,7 @@ class Saver:
         preservation_policy=kept.AnyPreservationPolicy(keeping),
         cleanup_tmp_directories=True,
     )
+    self._under_way = None
 
   def __enter__(self):
     return self
@@ -137,7 +138,11 @@ class Saver:
         for name, tree in trees.items()
     }
     try:
-      self._checkpointer.save_checkpointables_async(
+      # A save whose result nobody takes keeps a thread and three open files:
+      # after 340 saves a process may open no more.
+      if self._under_way is not None:
+        self._under_way.result()
+      self._under_way = self._checkpointer.save_checkpointables_async(
           step,
           {**trees, 'manifest': orbax_files.sealed(manifest, found)},
           metrics=None if heldout_kl is None else {_KL: heldout_kl},
