@@ -12,6 +12,7 @@ COMMANDS = {
     'run': 'train, export, evaluate and report: the main job',
     'train': 'train alone; goes on by itself where it was stopped',
     'sweep': 'the same job at every point of a config, side by side',
+    'reproduce': 'run a finished run again: does the same come out?',
     'report': 'set finished runs side by side: tables, plots, a page',
     'export': 'write a trained checkpoint for a runtime, numbers as trained',
     'convert': 'write any model in another layout',
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
   """
   if argv is None:
     argv = sys.argv[1:]
-    if argv and argv[0] in ('run', 'train', 'sweep'):
+    if argv and argv[0] in ('run', 'train', 'sweep', 'reproduce'):
       _ask_for_huge_pages()
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_usage())

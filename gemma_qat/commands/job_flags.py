@@ -38,6 +38,11 @@ def apply(arguments: argparse.Namespace) -> None:
   )
   if arguments.distributed or any(x is not None for x in given):
     hosts.join(*given)
+  keep_programs()
+
+
+def keep_programs() -> None:
+  """Lets compiled programs be kept, unless it is said where already."""
   if not jax.config.jax_compilation_cache_dir:
     base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     jax.config.update(

@@ -142,7 +142,7 @@ def _revision():
       for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'xllamacpp')
   }
   return {'git': git_revision(), 'python': platform.python_version(),
-          'device': device_name(), **versions}
+          'device': device_name(), 'devices': jax.device_count(), **versions}
 
 
 def git_revision() -> str:
