@@ -125,8 +125,9 @@ def _check_folder(workdir, to, config):
     )
   if not to.exists():
     return
-  if not to.is_dir() or (
-      any(to.iterdir()) and not (to / workdirs.CONFIG).is_file()
+  # Locks and the revision come before the config.
+  if not to.is_dir() or not (to / workdirs.CONFIG).is_file() and any(
+      p.name[0] != '.' and p.name != workdirs.REVISION for p in to.iterdir()
   ):
     raise errors.UserError(
         f'{to} exists and is no run: remove it, or give --to=ANOTHER.'

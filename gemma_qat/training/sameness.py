@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_qat import errors
 from gemma_qat.checkpoints import orbax_arrays
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.training import speed
@@ -56,7 +57,7 @@ def compare_steps(one: pathlib.Path, other: pathlib.Path) -> Verdict:
   texts = [orbax_files.load_manifest(s).get('text') for s in (one, other)]
   if texts[0] != texts[1]:
     text += '; the training text is not what it was'
-  return Verdict(False, text)
+  return Verdict(False, text + ''.join(map(_damage, (one, other))))
 
 
 def compare_metrics(
@@ -82,7 +83,9 @@ def compare_metrics(
   )
 
 
-def compare_reports(one: Mapping[str, Any], other: Mapping[str, Any]) -> Verdict:
+def compare_reports(
+    one: Mapping[str, Any], other: Mapping[str, Any]
+) -> Verdict:
   """Compares what two `report.json` say, numbers and texts."""
   was, now = (
       _leaves({
@@ -112,6 +115,15 @@ def sha256(path: str | os.PathLike) -> str:
 def is_of_time(name: str) -> bool:
   """Whether a column of the metrics measures time."""
   return name in speed.NAMES or name.endswith(('seconds', '_per_second'))
+
+
+def _damage(step):
+  """Says so if the step itself has changed since it was saved."""
+  try:
+    orbax_files.verify(step)
+  except errors.UserError as error:
+    return f'; {error}'
+  return ''
 
 
 def _arrays(step):

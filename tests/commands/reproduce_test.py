@@ -67,6 +67,8 @@ def test_a_changed_array_is_found_and_named(repeated, copy):
   assert [n for n, v in found.items() if not v.is_same] == [
       'checkpoint of step 8'
   ]
+  # That the step is not as it was saved tells damage from chance.
+  assert 'is damaged' in found['checkpoint of step 8'].said
   assert re.search(
       rf'student/{name}: 2 of \d+ values differ, by 0.25 at most; 1 of ',
       found['checkpoint of step 8'].said,
