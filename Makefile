@@ -1,10 +1,14 @@
 # make qat: set up and run the main job. make test: set up and test.
+# make test-lowest: the same with the lowest versions that setup.cfg allows (with
+# PYTHON of 3.11, for which they have wheels).
+# make test-python PYTHON=python3.13: the same on another Python.
 # make consumers: install llama.cpp, transformers, mlx-lm and gemma, each in an
 # environment of its own, and check that they read what is exported.
 # make bench: measure what benchmarks/ claims; with TORCH_PYTHON=PATH (a Python
 # that has torch, torchao and transformers) against PyTorch, too.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 WORKDIR ?= runs/270m
 CONFIG ?= experiments/configs/gemma3_270m_cpu.py
 # Where the consumers' environments go; more flags of check.py, such as --only=.
@@ -14,13 +18,23 @@ CHECK ?=
 TORCH_PYTHON ?=
 BENCH ?=
 
-.PHONY: qat test lint consumers bench clean
+.PHONY: qat test test-lowest test-python lint consumers bench clean
+
+PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 qat: $(VENV)/.installed
 	$(VENV)/bin/gemma-qat run --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed-test lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python $(PYTEST)
+
+test-lowest: $(LOWEST)/.installed-test
+	$(LOWEST)/bin/python $(PYTEST)
+
+# Each Python has an environment of its own.
+test-python:
+	$(MAKE) test PYTHON=$(PYTHON) VENV=.venv-py$(shell $(PYTHON) -c \
+	    'import sys; print("%d.%d" % sys.version_info[:2])')
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/lint-imports
@@ -67,5 +81,13 @@ $(VENV)/.installed-test: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
 	touch $(VENV)/.installed $@
 
+# Anew each time: what was raised meanwhile must not stay.
+$(LOWEST)/.installed-test: setup.cfg .ci/lowest.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py setup.cfg > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/lowest.txt -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(CONSUMERS)
+	rm -rf $(VENV) $(LOWEST) .venv-py* $(CONSUMERS)
