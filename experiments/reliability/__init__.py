@@ -1,0 +1,1 @@
+"""What happens to runs that are killed, damaged, moved or starved?"""
