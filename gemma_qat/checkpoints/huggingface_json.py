@@ -128,7 +128,7 @@ def sampling(checkpoint: checkpoints.Checkpoint) -> dict[str, int | float]:
   if _GENERATION in checkpoint.extras:
     try:
       said = json.loads(checkpoint.extras[_GENERATION])
-    except ValueError:
+    except (ValueError, RecursionError):
       said = {}
   if not isinstance(said, dict):
     return {}

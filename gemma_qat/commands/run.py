@@ -14,6 +14,7 @@ from gemma_qat.checkpoints import atomic
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
+from gemma_qat.checkpoints import regular_files
 from gemma_qat.commands import config_flags
 from gemma_qat.commands import evaluate
 from gemma_qat.commands import job_flags
@@ -226,7 +227,8 @@ class _Clock:
     self._path = workdir / SECONDS
     self._seconds = {}
     if self._path.is_file():
-      self._seconds = json.loads(self._path.read_text(encoding='utf-8'))
+      said = regular_files.read_json(self._path)
+      self._seconds = {k: v for k, v in said.items() if isinstance(v, float)}
 
   @contextlib.contextmanager
   def phase(self, name):

@@ -76,7 +76,7 @@ def _json(path):
     return None
   try:
     found = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
         f'{path} cannot be read ({error}): run the command that wrote it '
         'again, or leave this run out.'

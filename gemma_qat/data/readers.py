@@ -175,7 +175,8 @@ def _read_lines(path: str, kind: str) -> Iterator[tuple[str, str, object]]:
 def _parse(line: str, where: str):
   try:
     return json.loads(line)
-  except ValueError as error:
+  # Python's JSON recurses: a line of a thousand brackets is too deep for it.
+  except (ValueError, RecursionError) as error:
     raise errors.UserError(
         f'{where}: not JSON ({error}): repair the line.'
     ) from error

@@ -181,7 +181,7 @@ def _notes(finished):
   )
   if len({r['device'] for _, r in reports}) > 1:
     notes.append('The devices differ: seconds cannot be compared.')
-  if len({r.get('git') for _, r in reports}) > 1:
+  if len({str(r.get('git')) for _, r in reports}) > 1:
     notes.append(
         'The runs come from different revisions of the program: '
         + ', '.join(f'{n} {str(r.get("git"))[:9]}' for n, r in reports) + '.'

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from typing import Any
 
 from gemma_qat import errors
@@ -201,5 +202,6 @@ def _look_up(report, path):
 def _is_number(value):
   return (
       isinstance(value, (int, float)) and not isinstance(value, bool)
-      and math.isfinite(value)
+      # Not math.isfinite, which fails on whole numbers of 400 figures.
+      and abs(value) <= sys.float_info.max
   )

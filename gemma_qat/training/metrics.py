@@ -18,6 +18,7 @@ import tensorboardX
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import atomic
+from gemma_qat.checkpoints import regular_files
 
 FILE, EVENTS = 'metrics.jsonl', 'events'
 
@@ -116,16 +117,21 @@ class Silence:
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, float]]:
-  """Reads the rows of a workdir; a torn last line is left out."""
+  """Reads the rows of a workdir, up to a line that is torn or damaged.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
   path = pathlib.Path(workdir) / FILE
   if not path.exists():
     return []
   rows = []
-  for line in path.read_text(encoding='utf-8').splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+  with regular_files.opened(path) as lines:
+    for line in lines:
+      try:
+        rows.append(json.loads(line.decode('utf-8')))
+      except (ValueError, RecursionError):
+        break
   return rows
 
 

@@ -72,7 +72,7 @@ class SampledFile:
       return
     try:
       old = json.loads(beside.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
       raise errors.UserError(
           f'{beside} cannot be read ({error}): choose another file.'
       ) from error
@@ -98,7 +98,9 @@ class SampledFile:
           self.documents += 1
           whole += len(line)
         file.truncate(whole)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, RecursionError
+    ) as error:
       raise errors.UserError(
           f'{self._path}, line {self.documents + 1}, is not as it was written '
           f'({error}): remove that line and those behind it, or choose another '

@@ -16,6 +16,7 @@ import ml_collections
 
 from gemma_qat import errors
 from gemma_qat.checkpoints import atomic
+from gemma_qat.checkpoints import regular_files
 
 CONFIG = 'config.json'
 REVISION = 'revision.json'
@@ -92,8 +93,10 @@ def is_begun(
   try:
     if not path.exists():
       return False
-    begun = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
+    begun = json.loads(
+        regular_files.read_text(path, regular_files.LARGEST_JSON)
+    )
+  except (OSError, ValueError, RecursionError) as error:
     raise _unusable(workdir, error) from error
   _compare(workdir, begun, _plain(config))
   return True

@@ -11,6 +11,7 @@ import safetensors.numpy
 from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import huggingface
+from gemma_qat.checkpoints import huggingface_json
 from gemma_qat.checkpoints import huggingface_config
 from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import names
@@ -293,6 +294,12 @@ def test_chat_models_end_their_turn_or_the_text(tiny, tmp_path):
     assert generation['eos_token_id'] == expected
     assert generation.get('top_k') == (64 if folder == 'y' else None)
     assert huggingface.load(tmp_path / folder).tokenizer.eos_id == end
+
+
+@pytest.mark.parametrize('said', [b'[' * 100_000, b'9' * 5_000, b'[7]', b'\xff'])
+def test_a_generation_config_that_says_nothing_is_left_out(tiny, said):
+  damaged = dataclasses.replace(tiny, extras={'generation_config.json': said})
+  assert not huggingface_json.sampling(damaged)
 
 
 def test_nan_and_overflow_are_refused_by_name(tiny, tmp_path):

@@ -96,12 +96,18 @@ def _gguf(data, rng):
 
 
 def gguf_fields(data: bytes) -> list[tuple[int, int, bool]]:
-  """Lists (start, end, is text) of all fields of a valid GGUF header."""
+  """Lists (start, end, is text) of all fields of a valid GGUF header.
+
+  Raises:
+    ValueError: it ends before its last field.
+  """
   fields, at = [], 4
   sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
   def number(size):
     nonlocal at
+    if at + size > len(data):
+      raise ValueError('this header is damaged already')
     fields.append((at, at + size, False))
     at += size
     return int.from_bytes(data[at - size : at], 'little')

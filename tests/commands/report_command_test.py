@@ -91,6 +91,7 @@ def test_a_folder_without_runs_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize('content, word', [
     ('{"kld": ', 'cannot be read'), ('[1]', 'no JSON object'),
     ('{"steps": 3}', 'tokens'), ('\xff', 'cannot be read'),
+    ('[' * 100_000, 'cannot be read'),
 ])
 def test_a_damaged_report_is_named(tmp_path, capsys, content, word):
   _write(tmp_path / 'a')

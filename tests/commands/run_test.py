@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_qat import __main__ as cli
+from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.commands import evaluate
@@ -175,6 +176,13 @@ def test_inspect_shows_formats_and_metadata(finished, capsys):
   said = capsys.readouterr().out
   assert 'Q4_0' in said and 'bits per weight' in said
   assert 'num_layers = 1' in said
+
+
+def test_damaged_seconds_are_refused_before_the_run_begins(finished, tmp_path):
+  _, _, config = finished
+  (tmp_path / run.SECONDS).write_text('{"train": ')
+  with pytest.raises(errors.UserError, match='seconds.json cannot be read'):
+    run.run(config, tmp_path)
 
 
 def test_a_workdir_of_another_config_is_refused(finished, texts, capsys):

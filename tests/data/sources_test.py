@@ -184,6 +184,8 @@ def test_a_conversation_that_shares_text_is_left_out_whole(tmp_path):
 def test_wrong_sources_are_user_errors(tmp_path):
   bad = tmp_path / 'bad.jsonl'
   bad.write_text(json.dumps({'text': 'x' * 300}) + '\n{"text": \n')
+  deep = tmp_path / 'deep.jsonl'
+  deep.write_text('[' * 100_000)
   number = tmp_path / 'number.jsonl'
   number.write_text('{"text": 3}\n')
   binary = tmp_path / 'binary.txt'
@@ -196,6 +198,7 @@ def test_wrong_sources_are_user_errors(tmp_path):
       (f'jsonl:{tmp_path}/none', 'Cannot read'),
       (f'jsonl:{binary}', 'Cannot read'),
       (f'jsonl:{bad}', 'line 2: not JSON'),
+      (f'jsonl:{deep}', 'line 1: not JSON'),
       (f'jsonl:{bad}#field=body', "no text field 'body'"),
       (f'jsonl:{number}', "no text field 'text'"),
       (f'jsonl:{bad}#feild=body', "no option 'feild'"),

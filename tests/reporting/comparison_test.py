@@ -72,6 +72,12 @@ def test_other_chunks_devices_and_revisions_are_remarked_upon():
   assert 'Not all' not in alone and 'differ' not in alone
 
 
+def test_a_revision_may_be_anything():
+  runs = [sample_points.point('a'), sample_points.point('b', quant__start='x')]
+  runs[0].report['git'] = ['no', 'text']
+  assert any('different revisions' in note for note in _make(runs).notes)
+
+
 def test_markdown_holds_every_cell_and_the_plots():
   made = _make(sample_points.sweep())
   text = comparison.render_markdown(made, comparison.PLOTS)

@@ -87,6 +87,7 @@ def test_equal_names_of_groups_fall_back_to_the_first_run():
 @pytest.mark.parametrize('path, value', [
     ('kld', None), ('kld', {'ptq': 0.6}), ('ppl', [1, 2, 3]),
     ('steps', 'many'), ('seconds', float('nan')), ('device', 7),
+    ('seconds', 10**400),
     ('recovered_kld', 'most'),
 ])
 def test_a_report_without_what_is_compared_is_refused(path, value):

@@ -1,5 +1,6 @@
 """A run's numbers are in its workdir, once each."""
 
+import pytest
 
 from gemma_qat.training import metrics
 
@@ -46,6 +47,16 @@ def test_a_torn_last_line_is_left_out_and_replaced(tmp_path):
   assert _steps(tmp_path) == [0, 2, 4]
   _write(tmp_path, 4, [6])
   assert _steps(tmp_path) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize('damaged', [
+    b'[' * 100_000, b'9' * 5_000, b'\xe5', b'{"step": ',
+], ids=['deep', 'long', 'no UTF-8', 'torn'])
+def test_rows_end_where_a_line_is_damaged(tmp_path, damaged):
+  _write(tmp_path, 0, [0, 1])
+  with open(tmp_path / metrics.FILE, 'ab') as file:
+    file.write(damaged + b'\n{"step": 2}\n')
+  assert _steps(tmp_path) == [0, 1]
 
 
 def test_tensorboard_gets_the_numbers_too(tmp_path):

@@ -42,8 +42,9 @@ def test_another_config_is_refused_and_the_difference_named(tmp_path):
     workdir_lib.claim(tmp_path, _config(steps=9, length=128))
 
 
-def test_a_damaged_config_is_refused(tmp_path):
-  (tmp_path / workdir_lib.CONFIG).write_text('{"train": ')
+@pytest.mark.parametrize('content', ['{"train": ', '[' * 100_000])
+def test_a_damaged_config_is_refused(tmp_path, content):
+  (tmp_path / workdir_lib.CONFIG).write_text(content)
   with pytest.raises(errors.UserError, match='cannot be used'):
     workdir_lib.claim(tmp_path, _config())
 
