@@ -296,7 +296,9 @@ def test_chat_models_end_their_turn_or_the_text(tiny, tmp_path):
     assert huggingface.load(tmp_path / folder).tokenizer.eos_id == end
 
 
-@pytest.mark.parametrize('said', [b'[' * 100_000, b'9' * 5_000, b'[7]', b'\xff'])
+@pytest.mark.parametrize(
+    'said', [b'[' * 100_000, b'9' * 5_000, b'[7]', b'\xff']
+)
 def test_a_generation_config_that_says_nothing_is_left_out(tiny, said):
   damaged = dataclasses.replace(tiny, extras={'generation_config.json': said})
   assert not huggingface_json.sampling(damaged)
