@@ -22,7 +22,7 @@ _SECONDS = 300
 _INPUTS = {
     'configs,text,tokenizer_model,stored_tokenizer,tokenizer_json': 400,
     'gguf,huggingface,sbs': 300,
-    'orbax,google': 30,
+    'orbax,orbax_resumed,google': 30,
 }
 _FORBIDDEN = {
     '_pickle', 'cloudpickle', 'dill', 'jinja2', 'joblib', 'marshal', 'pickle',
@@ -121,6 +121,15 @@ def test_findings_are_kept_whatever_becomes_of_the_process(bad, tmp_path):
   assert done.returncode == 0, done.stderr[-3000:]
   kept, text = sorted((folder / 'findings').iterdir())
   assert text.name == f'{kept.name}.txt' and len(kept.read_bytes()) >= 2
+
+
+def test_the_stored_table_is_that_of_the_stored_numbers():
+  done = _python('-c', (
+      'from experiments.fuzz import __main__ as fuzz\n'
+      'print(fuzz.render(fuzz.stored()), end="")\n'
+  ))
+  table = _ROOT / 'experiments' / 'results' / 'fuzz.md'
+  assert done.stdout == table.read_text(encoding='utf-8'), done.stderr
 
 
 def test_inputs_damage_one_file_and_the_folder_heals(tmp_path):

@@ -39,7 +39,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / 'experiments' / 'results'
 READERS = (
     'configs', 'text', 'tokenizer_model', 'stored_tokenizer', 'tokenizer_json',
-    'gguf', 'huggingface', 'sbs', 'orbax', 'google',
+    'gguf', 'huggingface', 'sbs', 'orbax', 'orbax_resumed',
+    'google',
 )
 _STORE = flags.DEFINE_bool('store', False, 'Write the table of results.')
 
@@ -193,6 +194,12 @@ def store(folder: pathlib.Path) -> None:
       f'{json.dumps(dataclasses.asdict(t))}\n' for t in totals
   ))
   (RESULTS / 'fuzz.md').write_text(render(totals))
+
+
+def stored() -> list[Total]:
+  """Reads the results that were stored."""
+  lines = (RESULTS / 'fuzz.jsonl').read_text().splitlines()
+  return [Total(**json.loads(line)) for line in lines]
 
 
 def render(totals: list[Total]) -> str:

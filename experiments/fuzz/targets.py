@@ -304,6 +304,14 @@ def _top(depth):
   return read
 
 
+def _read_resumed(path):
+  """As training goes on from a step: by Orbax's own readers."""
+  while path.parent.name != 'ocdbt':
+    path = path.parent
+  orbax_files.load_manifest(path)
+  orbax_files.load_tree(path, 'student')
+
+
 def _read_gguf(path):
   _open(path.with_name('model.gguf'))
 
@@ -323,6 +331,9 @@ TARGETS = {
     # A pipe of text is what a user may name: it is waited for.
     'text': Target(_text, _read_text, is_replaced=False),
     'orbax': Target(_orbax, _top(1), _is_sampled),
+    'orbax_resumed': Target(
+        _orbax, _read_resumed, lambda p: 'ocdbt' in p.parts
+    ),
     'google': Target(_google, _top(2), _is_sampled),
     'sbs': Target(
         malformed_samples.SAMPLES['sbs'].make, malformed_samples.SAMPLES[

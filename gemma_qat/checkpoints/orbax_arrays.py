@@ -27,6 +27,9 @@ _OCDBT = 'manifest.ocdbt'
 _LARGEST_METADATA = 2**26
 # The largest real array is the float32 embedding of 27B: 5.6 GB.
 _LARGEST_ARRAY = 2**36
+# Weights are noise, which zstd makes a fifth smaller. What claims to be larger
+# than this many bytes, and a hundred times as large as its files, is made up.
+_UNSUSPICIOUS, _MOST_FOR_A_BYTE = 2**28, 100
 # Chunks above are kept decoded while pieces of them are read.
 _LARGE_CHUNK = 2**20
 _ARRAYS = ('jax.Array', 'np.ndarray', 'scalar')
@@ -117,6 +120,7 @@ def open_tree(folder: str | os.PathLike) -> dict[str, LazyArray]:
     found[name] = LazyArray(
         tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read
     )
+  _check_sum(folder, found)
   return found
 
 
@@ -194,6 +198,17 @@ def _result(folder, name, future):
     return future.result()
   except _FAILURES as error:
     raise _damaged(folder, name, error) from error
+
+
+def _check_sum(folder, arrays):
+  """Refuses small files that would fill the memory with zeros."""
+  claimed = sum(math.prod(a.shape) * a.itemsize for a in arrays.values())
+  stored = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  if claimed > max(_UNSUSPICIOUS, _MOST_FOR_A_BYTE * stored):
+    raise errors.UserError(
+        f'{folder} claims {claimed:,} bytes of arrays in {stored:,} bytes of '
+        'files, which no checkpoint does: it is not to be trusted.'
+    )
 
 
 def _check_sizes(folder, name, store):

@@ -23,8 +23,9 @@ from gemma_qat.data import vocabulary
 
 _IDS = ('bos_id', 'eos_id', 'pad_id', 'unk_id')
 _MAGIC = b'gemma-qat tokenizer 1\n'
-# Gemma's has 12 MB of JSON; zlib could make a thousand times as much of a file.
-_LARGEST_JSON = 2**26
+# Gemma's has 12 MB of JSON. zlib could make a thousand times as much of a file,
+# and Python 24 times as much of that: an empty list is 3 characters, 72 bytes.
+_LARGEST_JSON = 24_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -70,6 +70,14 @@ def test_a_stored_tokenizer_that_inflates_is_refused():
     tokenizers.from_bytes(malformed_samples.MAGIC + bomb)
 
 
+def test_a_stored_tokenizer_of_empty_lists_is_refused():
+  """What JSON says in 3 characters takes 72 bytes of memory."""
+  bomb = zlib.compress(b'{"pieces": [' + b'[],' * 2**23 + b'[]]}', 9)
+  assert len(bomb) < 2**16
+  with pytest.raises(errors.UserError, match='too large'):
+    tokenizers.from_bytes(malformed_samples.MAGIC + bomb)
+
+
 def test_a_tokenizer_of_empty_pieces_is_refused():
   proto = sentencepiece_model_pb2.ModelProto()
   proto.pieces.add(piece='')

@@ -182,3 +182,24 @@ def test_a_folder_without_a_tree_is_refused(tmp_path):
   assert not orbax_arrays.is_tree(tmp_path)
   with pytest.raises(errors.UserError, match=orbax_arrays.METADATA):
     orbax_arrays.open_tree(tmp_path)
+
+
+@pytest.mark.parametrize('form', ['zarr', 'zarr3'])
+def test_more_than_files_can_hold_is_refused(folders, form, tmp_path):
+  """4 GB of zeros, none of which is stored."""
+  folder = tmp_path / form
+  shutil.copytree(folders[form], folder)
+  shape = [2**15, 2**15]
+  (said,) = (folder / 'zeros').glob('*zar*')
+  contents = json.loads(said.read_text())
+  contents['shape'] = shape
+  if form == 'zarr':
+    contents['chunks'] = shape
+  else:
+    contents['chunk_grid']['configuration']['chunk_shape'] = shape
+    contents['codecs'] = [{'name': 'bytes', 'configuration': {
+        'endian': 'little'
+    }}]
+  said.write_text(json.dumps(contents))
+  with pytest.raises(errors.UserError, match='claims 4,294,96.* bytes of arr'):
+    orbax_arrays.open_tree(folder)
