@@ -23,6 +23,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,9 @@ class Total:
 
 def main(argv: list[str]) -> int:
   del argv
+  # Also where a shell in the background has interrupts ignored.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.default_int_handler)
   F = flags.FLAGS
   folder = pathlib.Path(F.folder or ROOT / 'runs' / 'fuzz')
   is_guided = importlib.util.find_spec('atheris') is not None
@@ -135,8 +139,8 @@ def _run_child(total, folder, inputs, seconds, is_guided):
     finally:
       process.kill()
       process.wait()
-    said = state.look()
-    _count(total, before, said, again, begin)
+      said = state.look()
+      _count(total, before, said, again, begin)
     if said.began:
       # It died, or had to, in the middle of an input.
       log.seek(0)
@@ -217,9 +221,13 @@ def render(totals: list[Total]) -> str:
   ]
   devices = ', '.join(dict.fromkeys(t.device for t in totals))
   return (
-      'Damaged files, by `python -m experiments.fuzz --store` on a '
-      f'{devices}, one process. Findings are what is left of them: those '
-      'found before were mended, each with a test.\n\n'
+      f'Damaged files, by `python -m experiments.fuzz --store` on a {devices}, '
+      'one process at a time, guided by edges (of our own Python code that '
+      'were reached). An input is a small valid model, run or text with one '
+      'file damaged; it is read or refused in one line. A finding is anything '
+      'else: another error, a crash, more than 10 s, more than 1 GiB, a file '
+      'written, a process started, code run. Those that earlier inputs found '
+      'were mended, each with a test: counted is what is left.\n\n'
       + '\n'.join(lines) + '\n'
   )
 
