@@ -14,6 +14,7 @@ import shutil
 import zlib
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 import ml_collections
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -30,6 +31,7 @@ from gemma_qat.checkpoints import layouts
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.checkpoints import random_weights
 from gemma_qat.checkpoints import regular_files
+from gemma_qat.checkpoints import sums
 from gemma_qat.commands import run_folders
 from gemma_qat.data import chat
 from gemma_qat.data import sources
@@ -249,11 +251,20 @@ def _orbax(folder):
       weight if path not in plan or plan[path].mode == 'derived'
       else lattice.init_node(weight, *plan[path])
   ))
+  trees = {
+      'student': student,
+      'tokenizer': orbax_files.tokenizer_tree(one.tokenizer),
+  }
   with orbax_files.context():
     ocp.save_checkpointables(folder / 'ocdbt' / '7', {
-        'student': student,
-        'manifest': orbax_files.manifest(one.config, plan, 7, 'fuzzed'),
-        'tokenizer': orbax_files.tokenizer_tree(one.tokenizer),
+        'manifest': orbax_files.sealed(
+            orbax_files.manifest(one.config, plan, 7, 'fuzzed'),
+            {name: {
+                path: sums.of(leaf) for path, leaf
+                in traverse_util.flatten_dict(tree, sep='/').items()
+            } for name, tree in trees.items()},
+        ),
+        **trees,
     })
   malformed_samples.SAMPLES['orbax_zarr'].make(folder / 'zarr')
 
@@ -308,6 +319,9 @@ def _read_resumed(path):
   """As training goes on from a step: by Orbax's own readers."""
   while path.parent.name != 'ocdbt':
     path = path.parent
+  with contextlib.suppress(errors.UserError):
+    # The former, too, reads what the latter says is not what was saved.
+    orbax_files.verify(path)
   orbax_files.load_manifest(path)
   orbax_files.load_tree(path, 'student')
 

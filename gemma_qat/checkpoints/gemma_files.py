@@ -77,7 +77,9 @@ def load(path: str | os.PathLike) -> checkpoints.Checkpoint:
         f'{path} holds no {orbax_arrays.METADATA} of Orbax: give the folder '
         "that it lies in, as in Kaggle's gemma-3/flax."
     )
-  found, ignored = _normal(str(folder), orbax_arrays.open_tree(folder))
+  arrays = orbax_arrays.open_tree(folder)
+  orbax_arrays.check_density(folder, arrays)
+  found, ignored = _normal(str(folder), arrays)
   shapes = {name: part.shape for name, part in found.items()}
   tokenizer = _tokenizer(path, folder)
   config = gemma_config.read(str(folder), shapes, tokenizer)

@@ -120,7 +120,6 @@ def open_tree(folder: str | os.PathLike) -> dict[str, LazyArray]:
     found[name] = LazyArray(
         tuple(store.shape), np.dtype(store.dtype.numpy_dtype), read
     )
-  _check_sum(folder, found)
   return found
 
 
@@ -143,6 +142,26 @@ def spec(
   else:
     kvstore = {'driver': 'file', 'path': f'{folder}/{name}/'}
   return {'driver': 'zarr3' if is_zarr3 else 'zarr', 'kvstore': kvstore}
+
+
+def check_density(
+    folder: pathlib.Path, arrays: Mapping[str, LazyArray]
+) -> None:
+  """Refuses small files that would fill the memory with zeros.
+
+  Not for an optimizer's state, which may be all zeros.
+
+  Raises:
+    UserError: the arrays of a folder are far larger than weights in its files
+      can be.
+  """
+  claimed = sum(math.prod(a.shape) * a.itemsize for a in arrays.values())
+  stored = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  if claimed > max(_UNSUSPICIOUS, _MOST_FOR_A_BYTE * stored):
+    raise errors.UserError(
+        f'{folder} claims {claimed:,} bytes of arrays in {stored:,} bytes of '
+        'files, which no checkpoint does: it is not to be trusted.'
+    )
 
 
 def _read_metadata(folder):
@@ -198,17 +217,6 @@ def _result(folder, name, future):
     return future.result()
   except _FAILURES as error:
     raise _damaged(folder, name, error) from error
-
-
-def _check_sum(folder, arrays):
-  """Refuses small files that would fill the memory with zeros."""
-  claimed = sum(math.prod(a.shape) * a.itemsize for a in arrays.values())
-  stored = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
-  if claimed > max(_UNSUSPICIOUS, _MOST_FOR_A_BYTE * stored):
-    raise errors.UserError(
-        f'{folder} claims {claimed:,} bytes of arrays in {stored:,} bytes of '
-        'files, which no checkpoint does: it is not to be trusted.'
-    )
 
 
 def _check_sizes(folder, name, store):

@@ -129,9 +129,12 @@ def read(workdir: pathlib.Path) -> list[dict[str, float]]:
   with regular_files.opened(path) as lines:
     for line in lines:
       try:
-        rows.append(json.loads(line.decode('utf-8')))
+        row = json.loads(line.decode('utf-8'))
       except (ValueError, RecursionError):
         break
+      if not isinstance(row, dict) or not isinstance(row.get('step'), int):
+        break
+      rows.append(row)
   return rows
 
 

@@ -201,5 +201,6 @@ def test_more_than_files_can_hold_is_refused(folders, form, tmp_path):
         'endian': 'little'
     }}]
   said.write_text(json.dumps(contents))
+  arrays = orbax_arrays.open_tree(folder)
   with pytest.raises(errors.UserError, match='claims 4,294,96.* bytes of arr'):
-    orbax_arrays.open_tree(folder)
+    orbax_arrays.check_density(folder, arrays)

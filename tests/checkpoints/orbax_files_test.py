@@ -240,6 +240,34 @@ def test_damaged_steps_are_named(workdir, tmp_path):
   refuse('student', lambda s: (s / 'student' / '_METADATA').unlink())
 
 
+@pytest.mark.parametrize('said', [
+    5, 'x', ['student'], {'student': 7}, {'student': ['x']}, {'../15': {}},
+    {'student': {}}, {'nowhere': {}},
+])
+def test_sums_that_are_none_are_refused(workdir, tmp_path, said):
+  step = tmp_path / '15'
+  shutil.copytree(workdir / 'checkpoints' / '15', step)
+  path = step / 'manifest' / 'data.json'
+  manifest = json.loads(path.read_text()) | {'sums': said}
+  manifest.pop('digest', None)
+  path.write_text(json.dumps(manifest))
+  with pytest.raises(errors.UserError, match='15'):
+    orbax_files.verify(step)
+
+
+def test_arrays_without_sums_are_not_what_was_saved(tmp_path):
+  """Truth values and numbers of 8 bytes, in place of a weight."""
+  for i, dtype in enumerate((bool, np.float64, np.int64)):
+    step = tmp_path / str(i)
+    with orbax_files.context():
+      ocp.save_checkpointables(step, {
+          'student': {'x': np.ones(3, dtype)},
+          'manifest': {'sums': {'student': {'x': '0' * 16}}},
+      })
+    with pytest.raises(errors.UserError, match='x in its student is not what'):
+      orbax_files.verify(step)
+
+
 def _node(plan, path, weight):
   if path not in plan:
     return jnp.asarray(weight)

@@ -50,8 +50,9 @@ def test_a_torn_last_line_is_left_out_and_replaced(tmp_path):
 
 
 @pytest.mark.parametrize('damaged', [
-    b'[' * 100_000, b'9' * 5_000, b'\xe5', b'{"step": ',
-], ids=['deep', 'long', 'no UTF-8', 'torn'])
+    b'[' * 100_000, b'9' * 5_000, b'\xe5', b'{"step": ', b'[1]', b'{}',
+    b'{"step": "1"}',
+], ids=['deep', 'long', 'no UTF-8', 'torn', 'list', 'empty', 'text'])
 def test_rows_end_where_a_line_is_damaged(tmp_path, damaged):
   _write(tmp_path, 0, [0, 1])
   with open(tmp_path / metrics.FILE, 'ab') as file:
