@@ -92,6 +92,9 @@ def configs(folder: pathlib.Path) -> None:
   (folder / 'run').mkdir()
   for name in ('config.json', 'report.json', 'metrics.jsonl'):
     shutil.copy(_RUN / name, folder / 'run' / name)
+  (folder / 'run' / 'revision.json').write_text(json.dumps(
+      {'git': 'a' * 40, 'python': '3.11', 'devices': 1, 'jax': '0.1'}
+  ))
   rows = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
   # The first ones have every kind of row.
   (folder / 'run' / 'metrics.jsonl').write_text('\n'.join(rows[:12]) + '\n')

@@ -31,6 +31,7 @@ from gemma_qat.quant import rules
 from gemma_qat.reporting import comparison
 from gemma_qat.reporting import page
 from gemma_qat.reporting import points
+from gemma_qat.training import origin
 from gemma_qat.training import workdir
 from tests.checkpoints import malformed_samples
 
@@ -97,6 +98,13 @@ def _read_configs(path):
     made = comparison.make(groups)
     comparison.render_markdown(made, {})
     page.render(made, {})
+    revision = origin.read_revision(path.parent)
+    # What it is now is asked of git: a process, but always the same.
+    revision.pop('git', None)
+    origin.changes(revision)
+    with contextlib.suppress(errors.UserError):
+      # That run is of a version before the fields of now.
+      origin.read_config(path.parent)
     with contextlib.suppress(errors.UserError):
       # It is another config: refused, whatever the file says.
       workdir.is_begun(path.parent, _CONFIG)

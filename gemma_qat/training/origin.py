@@ -61,8 +61,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
         f'{workdir} holds no run (no {workdirs.CONFIG}): give the --workdir of '
         'gemma-qat run or train.'
     )
-  # JSON has no tuples, and a config no lists.
-  config = _tuples(_json(path))
+  config = _json(path)
   _check_fields(path, config)
   return ml_collections.ConfigDict(config).lock()
 
@@ -130,9 +129,10 @@ def _plain_type(hint):
 
 def _json(path):
   try:
-    found = json.loads(
+    # JSON has no tuples, and a config no lists.
+    found = _tuples(json.loads(
         regular_files.read_text(path, regular_files.LARGEST_SMALL)
-    )
+    ))
     if not isinstance(found, dict):
       raise ValueError('it holds no JSON object')
   except (ValueError, RecursionError) as error:

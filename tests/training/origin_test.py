@@ -62,7 +62,9 @@ def test_a_field_that_cannot_be_is_named(workdir, change, word):
     origin.read_config(workdir)
 
 
-@pytest.mark.parametrize('text', ['{"train": ', '[]', '[' * 100_000, '\xff'])
+@pytest.mark.parametrize('text', [
+    '{"train": ', '[]', '[' * 100_000, '\xff', '{"a":' * 800 + '1' + '}' * 800,
+], ids=['cut', 'list', 'open', 'bytes', 'deep'])
 def test_damaged_json_is_one_line(workdir, text):
   (workdir / workdirs.CONFIG).write_text(text, encoding='latin-1')
   with pytest.raises(errors.UserError, match=workdirs.CONFIG):
