@@ -126,7 +126,10 @@ def test_findings_are_kept_whatever_becomes_of_the_process(bad, tmp_path):
 def test_the_stored_table_is_that_of_the_stored_numbers():
   done = _python('-c', (
       'from experiments.fuzz import __main__ as fuzz\n'
-      'print(fuzz.render(fuzz.stored()), end="")\n'
+      'found = fuzz.stored()\n'
+      'assert [t.reader for t in found] == list(fuzz.READERS)\n'
+      'assert all(t.inputs > 0 and not t.findings for t in found)\n'
+      'print(fuzz.render(found), end="")\n'
   ))
   table = _ROOT / 'experiments' / 'results' / 'fuzz.md'
   assert done.stdout == table.read_text(encoding='utf-8'), done.stderr

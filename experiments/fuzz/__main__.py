@@ -191,7 +191,7 @@ def _count(total, before, said, again, begin):
 def store(folder: pathlib.Path) -> None:
   """Writes the results: a line of JSON a reader, and the table of them."""
   totals = [
-      _load(folder, name) for name in READERS
+      _load(folder / name, name) for name in READERS
       if (folder / name / 'total.json').exists()
   ]
   (RESULTS / 'fuzz.jsonl').write_text(''.join(
