@@ -40,10 +40,15 @@ def test_the_page_counts_trials_and_losses(tmp_path, capsys):
 
 def test_the_page_takes_what_lies_beside_it(tmp_path):
   (tmp_path / 'fuzz.md').write_text('# Damaged files\n\n| reader |\n')
-  (tmp_path / 'soak.json').write_text(json.dumps({'said': 'Nothing grew.'}))
+  (tmp_path / 'soak.json').write_text(json.dumps({
+      'steps': 2400.0, 'evaluate_and_save_every': 20,
+      'rss_mb_per_1000_steps': 25.5, 'metrics_kb_per_1000_steps': 33.3,
+      'events_kb_per_1000_steps': 44.6, 'open_files_last_minus_warm': 0.0,
+      'threads_last_minus_warm': -1.0, 'cpu_time_last_to_second_quarter': 1.02,
+  }))
   page.write(tmp_path, {'a full disk': _row(('3 KiB of 9', ''))})
   text = (tmp_path / 'reliability.md').read_text()
-  assert '## Damaged files' in text and 'Nothing grew.' in text
+  assert '## Damaged files' in text and 'memory +25.5 MB' in text
 
 
 @pytest.fixture(scope='module')

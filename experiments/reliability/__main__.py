@@ -29,22 +29,24 @@ from gemma_qat.training import workdir as workdirs
 _KILL, _TERM, _INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
-def kinds(expected, scratch, draw):
+def kinds(expected, scratch, draw, usual):
   """{name: iterator of trials}, in the order of the table."""
-  kill = lambda *arguments: trials.kills(expected, scratch, draw, *arguments)
+  kill = lambda *arguments: trials.kills(
+      expected, scratch, draw, usual, *arguments
+  )
   damage = lambda *arguments: trials.damages(expected, scratch, draw, *arguments)
   found = {
-      'kill -9, any time': kill(_KILL, 'any time', 15),
-      'kill -9, during a step': kill(_KILL, 'a step', 10),
-      'kill -9, while a checkpoint is written': kill(_KILL, 'a checkpoint', 15),
-      'kill -9, during the export': kill(_KILL, 'the export', 10),
-      'SIGTERM, any time': kill(_TERM, 'any time', 10),
-      'SIGTERM, during the export': kill(_TERM, 'the export', 5),
-      'SIGINT, any time': kill(_INT, 'any time', 5),
-      'SIGINT, during a step': kill(_INT, 'a step', 5),
-      'a flipped bit in the newest checkpoint': damage('a flipped bit', 20),
-      'a lost end of a file in it': damage('a lost end', 10),
-      'a lost file in it': damage('a lost file', 10),
+      'kill -9, any time': kill(_KILL, 'any time', 10),
+      'kill -9, during a step': kill(_KILL, 'a step', 8),
+      'kill -9, while a checkpoint is written': kill(_KILL, 'a checkpoint', 12),
+      'kill -9, during the export': kill(_KILL, 'the export', 8),
+      'SIGTERM, any time': kill(_TERM, 'any time', 8),
+      'SIGTERM, during the export': kill(_TERM, 'the export', 4),
+      'SIGINT, any time': kill(_INT, 'any time', 4),
+      'SIGINT, during a step': kill(_INT, 'a step', 4),
+      'a flipped bit in the newest checkpoint': damage('a flipped bit', 16),
+      'a lost end of a file in it': damage('a lost end', 8),
+      'a lost file in it': damage('a lost file', 8),
   }
   if trials.can_mount():
     found |= {
@@ -73,10 +75,12 @@ def main() -> int:
   with tempfile.TemporaryDirectory(prefix='reliability-') as folder:
     folder = pathlib.Path(folder)
     expected = folder / 'undisturbed'
-    names = list(kinds(None, None, None))
+    names = list(kinds(None, None, None, None))
     names = [n for n in names if a.only in n and (a.again or n not in found)]
     if names:
+      began = time.monotonic()
       code, said = commands.run('run', expected)
+      usual = time.monotonic() - began
       if code:
         raise SystemExit(f'The undisturbed run failed: {said}')
     for name in names:
@@ -84,7 +88,7 @@ def main() -> int:
       scratch.mkdir()
       draw = random.Random(f'{name} {a.seed}')
       began, done = time.monotonic(), []
-      for trial in kinds(expected, scratch, draw)[name]:
+      for trial in kinds(expected, scratch, draw, usual)[name]:
         done.append(trial)
         print(f'{time.strftime("%H:%M:%S")} {name}: {trial.did}'
               + (f': LOST: {trial.lost}' if trial.lost else ''), flush=True)

@@ -70,8 +70,19 @@ def _soak(out):
   path = out / 'soak.json'
   if path.exists():
     yield '## A long run'
-    said = json.loads(path.read_text(encoding='utf-8'))
-    yield said.get('said', '')
+    s = json.loads(path.read_text(encoding='utf-8'))
+    yield (
+        f'Made by `python experiments/soak.py`: {s["steps"]:,.0f} steps of '
+        f'`tiny`, evaluated and saved every {s["evaluate_and_save_every"]}. '
+        'After the first quarter, in 1,000 steps: memory '
+        f'{s["rss_mb_per_1000_steps"]:+.1f} MB, metrics.jsonl '
+        f'{s["metrics_kb_per_1000_steps"]:+.0f} kB, events '
+        f'{s["events_kb_per_1000_steps"]:+.0f} kB; open files '
+        f'{s["open_files_last_minus_warm"]:+.0f} and threads '
+        f'{s["threads_last_minus_warm"]:+.0f} from first to last. CPU time of '
+        'a step, last quarter over second: '
+        f'{s["cpu_time_last_to_second_quarter"]:.2f}.'
+    )
     yield '![Memory and step time](soak.png)'
 
 

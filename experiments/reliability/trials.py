@@ -34,7 +34,7 @@ class Trial(NamedTuple):
 
 def kills(
     expected: pathlib.Path, scratch: pathlib.Path, draw: random.Random,
-    number: signal.Signals, moment: str, count: int,
+    usual: float, number: signal.Signals, moment: str, count: int,
 ) -> Iterator[Trial]:
   """Signals at random moments, several in the life of one run.
 
@@ -42,6 +42,7 @@ def kills(
     expected: workdir of the undisturbed run.
     scratch: an empty folder.
     draw: decides the moments.
+    usual: seconds that a whole run takes.
     number: SIGKILL, SIGTERM or SIGINT.
     moment: 'any time' (of the process's life), 'a step', 'a checkpoint' (while
       it is written) or 'the export'.
@@ -49,7 +50,7 @@ def kills(
   """
   workdir = scratch / 'run'
   sent = []
-  lasted = [12.0]
+  lasted = usual
 
   def settle():
     code, said = commands.run('run', workdir)
@@ -67,7 +68,7 @@ def kills(
     began = time.monotonic()
     delay = 0.0
     if moment == 'any time':
-      delay = draw.uniform(0, lasted[-1])
+      delay = draw.uniform(0, lasted)
       is_time = lambda: True
     elif moment == 'a step':
       wanted = before + draw.randint(1, 8)
@@ -86,7 +87,7 @@ def kills(
     code, said = commands.finish(process)
     if not hit:
       # It was over before: no trial, but a run to compare.
-      lasted.append(time.monotonic() - began)
+      lasted = time.monotonic() - began
       yield from settle()
       continue
     count -= 1
