@@ -171,7 +171,9 @@ def make(
   program, arguments = job.abstract(s, mesh, model)
   state, settled, teacher, batch = arguments
   parts = {
-      'weights': device_bytes((state.step, state.trained, settled)),
+      'weights': device_bytes(
+          (state.step, state.skipped, state.trained, settled)
+      ),
       'optimizer': device_bytes(state.optimizer),
       'teacher': device_bytes(teacher),
       'batch': device_bytes(batch),

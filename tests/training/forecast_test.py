@@ -58,7 +58,8 @@ def test_arguments_are_those_that_lie_on_a_device(gpus):
   assert 0 <= gpus.parts['optimizer'] - 2 * trained < 64
   # The embedding stands still as the products take it; the teacher is such.
   head = 2 * 128 * 64 // 4
-  assert gpus.parts['weights'] == trained + head + 4
+  # The step, and two counts of steps that were skipped.
+  assert gpus.parts['weights'] == trained + head + 3 * 4
   assert gpus.parts['teacher'] == 2 * matrices + 4 * gains + head
   assert gpus.parts['batch'] == 8 // 4 * 64 * (4 + 1)
   assert sum(gpus.parts.values()) == gpus.memory.arguments
