@@ -52,8 +52,9 @@ def kills(
   sent = []
   lasted = usual
 
-  def settle():
-    code, said = commands.run('run', workdir)
+  def settle(code=None, said=''):
+    if code is None:
+      code, said = commands.run('run', workdir)
     lost = commands.differences(expected, workdir) if not code else [
         f'exit code {code}: {commands.one_line(said)}'
     ]
@@ -87,8 +88,8 @@ def kills(
     code, said = commands.finish(process)
     if not hit:
       # It was over before: no trial, but a run to compare.
-      lasted = time.monotonic() - began
-      yield from settle()
+      lasted = 0.8 * (time.monotonic() - began)
+      yield from settle(code, said)
       continue
     count -= 1
     did = f'{number.name} after {commands.rows(workdir)} rows'

@@ -18,6 +18,7 @@ import os
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,10 @@ _LARGEST_TOKENIZER = 2**26
 _NODE_PARTS = {'codes', *low_rank.PARTS}
 # What has to be decoded to read any part of an array.
 _CHUNK_BYTES = 2**26
+
+
+class OtherVersion(errors.UserError):
+  """A step that is whole, but was written by another version of the program."""
 
 
 def context() -> ocp.Context:
@@ -106,7 +111,8 @@ def sealed(
     manifest: what is written beside the trees, JSON.
     found: name of a tree -> {path in it: `sums.of` the array}.
   """
-  whole = {**manifest, 'sums': {name: dict(s) for name, s in found.items()}}
+  whole = {k: v for k, v in manifest.items() if k != 'digest'}
+  whole['sums'] = {name: dict(s) for name, s in found.items()}
   return {**whole, 'digest': _digest(whole)}
 
 
@@ -116,10 +122,16 @@ def verify(step: pathlib.Path) -> None:
   Steps of former versions, which say no sums, are only read.
 
   Raises:
+    OtherVersion: the step is one of another program.
     UserError: the step is damaged; names what.
   """
   step = step.resolve()
   said = load_manifest(step)
+  if 'version' not in said:
+    raise errors.UserError(
+        f'{step} is damaged, its manifest is not ours: take another step.'
+    )
+  _check_version(step, said)
   if 'digest' in said and _digest(said) != said['digest']:
     raise errors.UserError(
         f'{step} is damaged, its manifest is not the one that was saved: take '
@@ -221,18 +233,16 @@ def load_manifest(step: pathlib.Path) -> dict[str, Any]:
 def load_tree(step: pathlib.Path, name: str) -> dict[str, Any]:
   """Reads one tree of a step, as numpy arrays whatever the mesh was.
 
+  By the reader that `verify` and `load` use: what one of them takes the others
+  do not refuse.
+
   Raises:
     UserError: it is not there or damaged.
   """
-  try:
-    tree = ocp.metadata(step, checkpointable_name=name).metadata
-  except (ValueError, KeyError, OSError, RuntimeError) as error:
-    raise errors.UserError(
-        f'{step} is damaged, its {name} has no metadata: take another step.'
-    ) from error
-  # np.empty reserves addresses, not memory.
-  like = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), tree)
-  return _load(step, {name: like})[name]
+  arrays = orbax_arrays.open_tree(step / name)
+  return traverse_util.unflatten_dict(
+      {path: array.read(()) for path, array in arrays.items()}, sep='/'
+  )
 
 
 def _newest(path):
@@ -279,17 +289,6 @@ def _is_step(path):
   )
 
 
-def _load(step, abstract):
-  try:
-    return ocp.load_checkpointables(step, abstract)
-  except (ValueError, KeyError, OSError, RuntimeError) as error:
-    reason = str(error).strip().split('\n')[0][:200]
-    raise errors.UserError(
-        f'{step} is damaged, {next(iter(abstract))} cannot be read ({reason}): '
-        'take another step.'
-    ) from error
-
-
 def _read_tokenizer(step):
   stored = orbax_arrays.open_tree(step / 'tokenizer').get('bytes')
   if (
@@ -306,11 +305,7 @@ def _read_tokenizer(step):
 def _read_manifest(step, said):
   """Returns the sizes and {tree path: lattice.Entry}."""
   try:
-    if said['version'] != _VERSION:
-      raise errors.UserError(
-          f'{step} has manifest version {said["version"]}, this program reads '
-          f'{_VERSION}: use the program that wrote it.'
-      )
+    _check_version(step, said)
     with errors.about(step):
       config = model_config.ModelConfig(**said['model'])
       if config.num_layers > _MOST_LAYERS:
@@ -327,6 +322,14 @@ def _read_manifest(step, said):
         'checkpoint.'
     ) from error
   return config, plan
+
+
+def _check_version(step, said):
+  if said['version'] != _VERSION:
+    raise OtherVersion(
+        f'{step} has manifest version {said["version"]}, this program reads '
+        f'{_VERSION}: use the program that wrote it.'
+    )
 
 
 def _entry(name, mode, spec):

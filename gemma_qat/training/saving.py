@@ -39,6 +39,9 @@ def newest_whole(workdir: pathlib.Path) -> int | None:
   Damaged ones on the way there move to 'damaged/', so that training can write
   these steps anew; it is said which and why. Of several processes all call it
   and the first looks.
+
+  Raises:
+    UserError: a step is of another version of the program.
   """
   if hosts.is_first():
     _set_aside_rests(workdir)
@@ -46,6 +49,8 @@ def newest_whole(workdir: pathlib.Path) -> int | None:
       try:
         orbax_files.verify(workdir / FOLDER / str(step))
         break
+      except orbax_files.OtherVersion:
+        raise
       except errors.UserError as error:
         moved = _set_aside(workdir, str(step))
         hosts.say(f'{error} It was moved to {moved}.')

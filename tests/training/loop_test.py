@@ -298,7 +298,8 @@ def test_steps_without_finite_numbers_in_a_row_end_the_run(
     make_config, tmp_path, capsys
 ):
   config = make_config(
-      steps=9, checkpoint_every=9, log_every=9, most_skipped=2
+      steps=9, checkpoint_every=9, evaluate_every=9, log_every=9,
+      most_skipped=2,
   ).unlock()
   config.optimizer.learning_rate = 1e30
   with pytest.raises(errors.UserError, match=(
@@ -352,7 +353,6 @@ def test_a_workdir_in_use_is_refused(config, finished):
         rf'in use by process {os.getpid()} on '
     )):
       loop.train(config, finished)
-  assert not any((tmp_path / 'checkpoints').glob('[0-9]*'))
 
 
 def test_less_held_out_text_than_a_batch_is_refused(make_config, tmp_path):

@@ -123,8 +123,21 @@ def test_moments_of_another_type_are_refused(workdir):
 
 def test_a_step_that_is_not_there_is_refused(workdir):
   with saving.Saver(workdir, keep=2) as saver:
-    with pytest.raises(errors.UserError, match='damaged'):
+    with pytest.raises(errors.UserError, match='99.* cannot be read'):
       saver.restore(99)
+
+
+def test_a_step_of_another_program_stays_where_it_is(tmp_path):
+  with saving.Saver(tmp_path, keep=1) as saver:
+    _save(saver, 1)
+  file = tmp_path / 'checkpoints/1/manifest/data.json'
+  said = json.loads(file.read_text())
+  file.write_text(json.dumps(
+      orbax_files.sealed(said | {'version': 99}, said['sums'])
+  ))
+  with pytest.raises(errors.UserError, match='version 99, .* that wrote it'):
+    saving.newest_whole(tmp_path)
+  assert saving.latest(tmp_path) == 1
 
 
 def _files(folder):
@@ -142,8 +155,14 @@ def test_a_flipped_bit_or_a_lost_end_is_noticed_in_every_file(
 ):
   names = [p.relative_to(workdir) for p in _files(workdir / 'checkpoints/3')]
   assert len(names) > 10
-  trials = survived = 0
+  trials = 0
   for name in names:
+    # Arrays, their index and the manifest. What each process wrote before all
+    # were joined lies beside them and is not read, nor are Orbax's notes.
+    counts = name.name == 'data.json' or name.parent.name == 'd' or (
+        name.name == 'manifest.ocdbt'
+    )
+    counts = counts and 'ocdbt.process_0' not in name.parts
     size = (workdir / name).stat().st_size
     for damage in ('flip', 'cut', 'remove'):
       copy = tmp_path / str(trials)
@@ -156,13 +175,13 @@ def test_a_flipped_bit_or_a_lost_end_is_noticed_in_every_file(
       if damage == 'remove':
         (copy / name).unlink()
       trials += 1
-      if not _is_noticed(copy):
-        # Then nothing that counts was hit: it comes back as it was.
+      is_noticed = _is_noticed(copy)
+      assert is_noticed or not counts, (name, damage)
+      if not is_noticed:
         with saving.Saver(copy, keep=2) as saver:
           _assert_is_step_3(saver)
-        survived += 1
       shutil.rmtree(copy)
-  assert trials == 3 * len(names) and survived < trials / 2
+  assert trials == 3 * len(names)
   assert 'moved to' in capsys.readouterr().err
 
 

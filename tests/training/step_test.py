@@ -14,6 +14,7 @@ from gemma_qat.training import optimizer as optimizer_lib
 from gemma_qat.training import settings
 from gemma_qat.training import step as step_lib
 from gemma_qat.training import student as student_lib
+from gemma_qat.training import watching
 
 STEPS = 6
 OPTIMIZER = settings.OptimizerSettings(
@@ -84,7 +85,7 @@ def test_steps_on_one_batch_lower_its_divergence(params, mode):
     state, metrics = step(state, *rest)
     kl.append(float(metrics['kl_nats']))
   assert int(state.step) == STEPS
-  assert metrics.keys() == {'loss', 'kl_nats'} | {
+  assert metrics.keys() == {'loss', 'kl_nats', *watching.NAMES} | {
       f'gradient_norm/{group}' for _, group in RULES[mode] if group
   }
   assert 0 < kl[-1] < 0.97 * kl[0]
