@@ -22,6 +22,7 @@ from gemma_qat import errors
 
 # Gemma's tokenizer.json, the largest JSON of a checkpoint, has 33 MB.
 LARGEST_JSON = 2**27
+_PIECE = 2**20
 # Gemma's tokenizer.model has 4.7 MB.
 LARGEST_TOKENIZER = 2**24
 # Chat templates, generation_config.json and the like.
@@ -66,15 +67,18 @@ def read_bytes(path: str | os.PathLike, largest: int) -> bytes:
   Raises:
     UserError: as `opened`, or it has more than `largest` bytes.
   """
+  data = bytearray()
   with opened(path) as f:
-    # Not by its size: files of the kernel say 0.
-    data = f.read(largest + 1)
+    # Not by its size: files of the kernel say 0. In pieces: `read` takes as much
+    # memory as it is allowed to fill.
+    while len(data) <= largest and (piece := f.read(_PIECE)):
+      data += piece
   if len(data) > largest:
     raise errors.UserError(
         f'{path} has more than the {largest:,} bytes that such a file can '
         'need: it is not to be trusted.'
     )
-  return data
+  return bytes(data)
 
 
 def read_text(path: str | os.PathLike, largest: int) -> str:
