@@ -38,26 +38,26 @@ def kinds(expected, scratch, draw, usual):
   found = {
       'kill -9, any time': kill(_KILL, 'any time', 10),
       'kill -9, during a step': kill(_KILL, 'a step', 8),
-      'kill -9, while a checkpoint is written': kill(_KILL, 'a checkpoint', 12),
-      'kill -9, during the export': kill(_KILL, 'the export', 8),
-      'SIGTERM, any time': kill(_TERM, 'any time', 8),
-      'SIGTERM, during the export': kill(_TERM, 'the export', 4),
-      'SIGINT, any time': kill(_INT, 'any time', 4),
-      'SIGINT, during a step': kill(_INT, 'a step', 4),
-      'a flipped bit in the newest checkpoint': damage('a flipped bit', 16),
-      'a lost end of a file in it': damage('a lost end', 8),
-      'a lost file in it': damage('a lost file', 8),
+      'kill -9, while a checkpoint is written': kill(_KILL, 'a checkpoint', 6),
+      'kill -9, during the export': kill(_KILL, 'the export', 5),
+      'SIGTERM, any time': kill(_TERM, 'any time', 5),
+      'SIGTERM, during the export': kill(_TERM, 'the export', 2),
+      'SIGINT, any time': kill(_INT, 'any time', 2),
+      'SIGINT, during a step': kill(_INT, 'a step', 2),
+      'a flipped bit in the newest checkpoint': damage('a flipped bit', 6),
+      'a lost end of a file in it': damage('a lost end', 3),
+      'a lost file in it': damage('a lost file', 3),
   }
   if trials.can_mount():
     found |= {
-        'a full disk': trials.full_disks(expected, scratch, draw, 6),
+        'a full disk': trials.full_disks(expected, scratch, draw, 3),
         'refusals, and on after them': trials.refusals(expected, scratch, draw),
     }
   return found | {
       'moved between 1, 2, 4 and 8 devices': trials.meshes(
           expected, scratch, draw
       ),
-      'one of two processes killed': trials.peers(expected, scratch, draw, 4),
+      'one of two processes killed': trials.peers(expected, scratch, draw, 2),
   }
 
 
