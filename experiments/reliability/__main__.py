@@ -10,6 +10,7 @@ two cores. Full and read-only disks are tried by root alone.
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import signal
@@ -74,6 +75,9 @@ def main() -> int:
   lost = 0
   with tempfile.TemporaryDirectory(prefix='reliability-') as folder:
     folder = pathlib.Path(folder)
+    # Else processes that compile for seconds would be killed in nothing else.
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'programs')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
     expected = folder / 'undisturbed'
     names = list(kinds(None, None, None, None))
     names = [n for n in names if a.only in n and (a.again or n not in found)]

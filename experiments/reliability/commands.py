@@ -45,11 +45,6 @@ def start(
   environment['XLA_FLAGS'] = (
       f'--xla_force_host_platform_device_count={devices}'
   )
-  # Else a process that compiles for seconds would be killed in nothing else.
-  environment.setdefault(
-      'JAX_COMPILATION_CACHE_DIR', str(workdir.parent / 'programs')
-  )
-  environment.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
   return subprocess.Popen(
       [sys.executable, '-m', 'gemma_qat', command, *CONFIG, *more,
        f'--workdir={workdir}'],
