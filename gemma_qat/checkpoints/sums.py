@@ -3,45 +3,108 @@
 Every bit pattern and its place are mixed to 32 bits, these are added up modulo
 2^32, twice: one changed number always changes the sums, several do but for one
 time in 2^64. Integers add up to the same in any order, so that the sums of an
-array are the same on every mesh and take one pass where the array lies.
+array are the same on every mesh: each process adds up what it holds.
+
+By numpy, on all cores: a program would have to be compiled for every shape, and
+on several processes exchange something for every array.
 """
 
+from collections.abc import Iterator, Mapping
+import concurrent.futures
+import os
+
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 import numpy as np
 
-_UINTS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+# Numbers at a time: their mixtures stay in the cache.
+_PIECE = 2**17
 
 
-def of(array: 'jax.Array | np.ndarray') -> str:
+def of(array: np.ndarray) -> str:
   """Returns 16 hexadecimal digits; shape and type are not in them.
 
   Args:
-    array: of numbers of 1, 2 or 4 bytes. One on several processes is asked
-      for by all of them at once.
+    array: of numbers of 1, 2 or 4 bytes.
   """
-  if isinstance(array, jax.Array):
-    found = _sums(array)
-  else:
-    # A frozen embedding need not fit an accelerator a second time.
-    with jax.default_device(_host()):
-      found = _sums(np.asarray(array))
-  return ''.join(f'{int(x):08x}' for x in np.asarray(found))
+  return of_all({'': array})['']
 
 
-@jax.jit
-def _sums(x):
-  bits = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize])
-  bits = bits.astype(jnp.uint32)
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-        jnp.uint32, x.shape, axis
+def of_all(
+    arrays: 'Mapping[str, jax.Array | np.ndarray]',
+) -> dict[str, str]:
+  """`of` each array by its name; those on devices are read where they lie.
+
+  Of several processes all call it, with the same names in the same order.
+  """
+  workers = len(os.sched_getaffinity(0)) if hasattr(
+      os, 'sched_getaffinity'
+  ) else os.cpu_count()
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    futures = {
+        name: [pool.submit(_sums, *piece) for piece in _pieces(x)]
+        for name, x in arrays.items()
+    }
+    found = np.zeros((len(arrays), 2), np.uint32)
+    for row, name in zip(found, futures):
+      for future in futures[name]:
+        row += future.result()
+  if jax.process_count() > 1:
+    is_shared = np.array([
+        isinstance(x, jax.Array) and not x.is_fully_addressable
+        for x in arrays.values()
+    ])
+    parts = np.asarray(multihost_utils.process_allgather(found), np.uint32)
+    # What every process has whole counts once.
+    found = np.where(
+        is_shared[:, None], parts.sum(axis=0, dtype=np.uint32), found
     )
-  one = _mixed(bits + place * jnp.uint32(0x9E3779B1))
-  return jnp.stack([
-      jnp.sum(h, dtype=jnp.uint32) for h in (one, _mixed(one ^ place))
-  ])
+  return {
+      name: f'{one:08x}{two:08x}'
+      for name, (one, two) in zip(arrays, found.tolist())
+  }
+
+
+def _pieces(array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Cuts what this process holds into (numbers, their places), both flat."""
+  shape = array.shape
+  if isinstance(array, jax.Array):
+    # A copy of a part counts on one device alone.
+    held = [
+        (s.index, np.asarray(s.data)) for s in array.addressable_shards
+        if s.replica_id == 0
+    ]
+    if array.is_fully_replicated:
+      held = [((), np.asarray(array.addressable_data(0)))]
+      if not array.is_fully_addressable and jax.process_index():
+        held = []
+  else:
+    held = [((), np.asarray(array))]
+  for index, part in held:
+    starts = [i.start or 0 for i in index] or [0] * len(shape)
+    if part.shape == shape:
+      flat = part.reshape(-1)
+      for at in range(0, flat.size, _PIECE):
+        piece = flat[at : at + _PIECE]
+        # Places count modulo 2^32, as everything here.
+        place = np.arange(at, at + piece.size, dtype=np.uint64)
+        yield piece, place.astype(np.uint32)
+      continue
+    place = np.zeros((), np.uint64)
+    for size, start, whole in zip(part.shape, starts, shape, strict=True):
+      along = np.arange(start, start + size, dtype=np.uint64)
+      place = place[..., None] * np.uint64(whole) + along
+    place = place.astype(np.uint32).reshape(-1)
+    flat = part.reshape(-1)
+    for at in range(0, flat.size, _PIECE):
+      yield flat[at : at + _PIECE], place[at : at + _PIECE]
+
+
+def _sums(numbers, place):
+  raw = np.ascontiguousarray(numbers).view(f'u{numbers.dtype.itemsize}')
+  one = _mixed(raw.astype(np.uint32) + place * np.uint32(0x9E3779B1))
+  two = _mixed(one ^ place)
+  return np.array([x.sum(dtype=np.uint32) for x in (one, two)], np.uint32)
 
 
 def _mixed(h):
@@ -49,13 +112,6 @@ def _mixed(h):
 
   Source: Wellons, 'Prospecting for Hash Functions', lowbias32.
   """
-  h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
-  h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
-  return h ^ (h >> 16)
-
-
-def _host():
-  try:
-    return jax.local_devices(backend='cpu')[0]
-  except RuntimeError:
-    return None  # JAX_PLATFORMS leaves none.
+  h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D)
+  h = (h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B)
+  return h ^ (h >> np.uint32(16))

@@ -136,10 +136,7 @@ class Saver:
         'tokenizer': dict(tokenizer),
     }
     found = {
-        name: {
-            path: self._sum(f'{name}/{path}', leaf)
-            for path, leaf in traverse_util.flatten_dict(tree, sep='/').items()
-        }
+        name: self._sums_of(name, traverse_util.flatten_dict(tree, sep='/'))
         for name, tree in trees.items()
     }
     try:
@@ -159,14 +156,19 @@ class Saver:
           'another --workdir. Earlier checkpoints are whole.'
       ) from error
 
-  def _sum(self, name, leaf):
-    """`sums.of`, remembered of host arrays: they are frozen."""
-    if isinstance(leaf, jax.Array):
-      return sums.of(leaf)
-    known = self._sums.get(name)
-    if known is None or known[0] is not leaf:
-      known = self._sums[name] = (leaf, sums.of(leaf))
-    return known[1]
+  def _sums_of(self, name, leaves):
+    """`sums.of_all`, remembered of host arrays: they are frozen."""
+    known = {
+        path: self._sums[name, path][1] for path, x in leaves.items()
+        if self._sums.get((name, path), (None,))[0] is x
+    }
+    found = known | sums.of_all(
+        {path: x for path, x in leaves.items() if path not in known}
+    )
+    for path, x in leaves.items():
+      if not isinstance(x, jax.Array):
+        self._sums[name, path] = x, found[path]
+    return {path: found[path] for path in leaves}
 
   def restore(self, step: int) -> tuple[dict, dict, dict]:
     """Reads a step back as host arrays.

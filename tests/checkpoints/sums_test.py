@@ -53,7 +53,23 @@ def test_it_is_the_same_on_every_mesh(dtype):
   spread = jax.device_put(array, jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec('fsdp', None, 'tensor')
   ))
-  assert sums.of(spread) == sums.of(array) == sums.of(jnp.asarray(array))
+  every = jax.device_put(array, sharding.replicated(mesh))
+  found = sums.of_all({
+      'spread': spread, 'host': array, 'one': jnp.asarray(array), 'every': every
+  })
+  assert set(found.values()) == {sums.of(array)} and len(found) == 4
+
+
+def test_pieces_of_a_large_array_are_those_of_the_whole():
+  array = _array('int8', (3, 2**17 + 5))
+  mesh = sharding.make_mesh(8, 1, 1)
+  spread = jax.device_put(array.T.copy()[: 2**17], jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec('data', None)
+  ))
+  whole = array.T.copy()[: 2**17]
+  assert sums.of_all({'': spread})[''] == sums.of(whole)
+  whole[-1, -1] ^= 1
+  assert sums.of_all({'': spread})[''] != sums.of(whole)
 
 
 def test_a_scalar_and_nothing_have_one_as_well():
