@@ -86,7 +86,7 @@ def kills(
       delay = draw.uniform(0, 0.05)
     hit = commands.disturb(process, is_time, number, delay)
     code, said = commands.finish(process)
-    if not hit:
+    if not hit or not code:
       # It was over before: no trial, but a run to compare.
       lasted = 0.8 * (time.monotonic() - began)
       yield from settle(code, said)
