@@ -262,7 +262,9 @@ def test_arrays_without_sums_are_not_what_was_saved(tmp_path):
     with orbax_files.context():
       ocp.save_checkpointables(step, {
           'student': {'x': np.ones(3, dtype)},
-          'manifest': {'sums': {'student': {'x': '0' * 16}}},
+          'manifest': {
+              'version': 1, 'sums': {'student': {'x': '0' * 16}},
+          },
       })
     with pytest.raises(errors.UserError, match='x in its student is not what'):
       orbax_files.verify(step)
