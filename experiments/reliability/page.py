@@ -89,4 +89,5 @@ def _soak(out):
 def _fuzz(out):
   path = out / 'fuzz.md'
   if path.exists():
-    yield path.read_text(encoding='utf-8').replace('# ', '## ', 1).strip()
+    yield '## Damaged files'
+    yield path.read_text(encoding='utf-8').strip()
