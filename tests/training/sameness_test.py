@@ -29,7 +29,7 @@ def save(tmp_path):
     with orbax_files.context():
       ocp.save_checkpointables(tmp_path / name, {
           'student': student, 'optimizer': {'0000': jnp.int32(8)},
-          'manifest': {'text': text},
+          'manifest': {'version': 1, 'text': text},
       })
     return tmp_path / name
   return save

@@ -104,7 +104,7 @@ def test_a_student_of_its_teacher_is_taken(params, mode):
 
 
 @pytest.mark.parametrize('path', [
-    'groups/layer_0/mlp_up/codes', 'embedding/scale', 'final_norm',
+    'groups/layer_0/mlp_up/codes', 'embedding/codes', 'final_norm',
 ])
 def test_a_student_of_another_model_is_refused(params, student, path):
   flat = small_model.flat(student)
