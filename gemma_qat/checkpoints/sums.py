@@ -11,7 +11,6 @@ on several processes exchange something for every array.
 
 from collections.abc import Iterator, Mapping
 import concurrent.futures
-import os
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,12 +34,10 @@ def of_all(
 ) -> dict[str, str]:
   """`of` each array by its name; those on devices are read where they lie.
 
-  Of several processes all call it, with the same names in the same order.
+  Where some lie on several processes all of these call it, with the same names
+  in the same order; of arrays of its own one may ask alone.
   """
-  workers = len(os.sched_getaffinity(0)) if hasattr(
-      os, 'sched_getaffinity'
-  ) else os.cpu_count()
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+  with concurrent.futures.ThreadPoolExecutor() as pool:
     futures = {
         name: [pool.submit(_sums, *piece) for piece in _pieces(x)]
         for name, x in arrays.items()
@@ -49,16 +46,14 @@ def of_all(
     for row, name in zip(found, futures):
       for future in futures[name]:
         row += future.result()
-  if jax.process_count() > 1:
-    is_shared = np.array([
-        isinstance(x, jax.Array) and not x.is_fully_addressable
-        for x in arrays.values()
-    ])
-    parts = np.asarray(multihost_utils.process_allgather(found), np.uint32)
+  is_shared = np.array([
+      isinstance(x, jax.Array) and not x.is_fully_addressable
+      for x in arrays.values()
+  ], bool)
+  if is_shared.any():
     # What every process has whole counts once.
-    found = np.where(
-        is_shared[:, None], parts.sum(axis=0, dtype=np.uint32), found
-    )
+    parts = multihost_utils.process_allgather(found[is_shared])
+    found[is_shared] = np.sum(parts, axis=0, dtype=np.uint32)
   return {
       name: f'{one:08x}{two:08x}'
       for name, (one, two) in zip(arrays, found.tolist())

@@ -118,7 +118,7 @@ def test_what_two_wrote_one_restores_on_another_mesh(
 
 
 @pytest.mark.parametrize('victim', [0, 1])
-def test_a_process_whose_peer_was_killed_ends(
+def test_a_process_whose_peer_was_killed_ends_and_both_go_on(
     text, one_layer, tmp_path, victim
 ):
   def start():
@@ -147,3 +147,10 @@ def test_a_process_whose_peer_was_killed_ends(
   else:
     # A collective that was not told: JAX itself ends it after its minute.
     assert 'distributed service' in said and 'another task died' in said, said
+  if victim == 0:
+    return  # The same as below.
+  processes = start()
+  said = [p.communicate(timeout=600) for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], said
+  steps = [row['step'] for row in metrics.read(tmp_path)]
+  assert steps == list(range(81))
