@@ -32,7 +32,7 @@ def gguf_diff(session):
 @pytest.fixture
 def record(session, tmp_path):
   return session.Record(session.Session(
-      work=tmp_path / 'work', venvs={'mlx': tmp_path / 'venv'},
+      work=tmp_path / 'stage', venvs={'mlx': tmp_path / 'venv'},
       llama_cpp=tmp_path / 'llama', model=None, bf16_safe=None,
   ))
 
@@ -81,7 +81,7 @@ def test_an_unknown_stage_is_refused(tmp_path):
 
 def test_what_is_kept_has_no_paths_of_the_machine(record, tmp_path):
   assert record.clean(
-      f'$ {tmp_path}/venv/bin/python {tmp_path}/work/a/b.npy {tmp_path}/else/x.so'
+      f'$ {tmp_path}/venv/bin/python {tmp_path}/stage/a/b.npy {tmp_path}/else/x.so'
   ) == '$ python[mlx] a/b.npy x.so'
   assert record.clean('0.01.102.856 W load: 3.5 tokens/s') == (
       'load: 3.5 tokens/s'
