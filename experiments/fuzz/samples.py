@@ -25,7 +25,6 @@ from gemma_qat.data import chat
 from gemma_qat.data import tokenizer as tokenizers
 from gemma_qat.model import config as model_config
 from gemma_qat.model import weights as model_weights
-from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
 from tests.checkpoints import malformed_samples
 
@@ -124,14 +123,7 @@ def text(folder: pathlib.Path) -> None:
 def orbax(folder: pathlib.Path) -> None:
   """A step of ours, as Orbax writes now, and in folders of zarr."""
   one = tiny()
-  specs = model_weights.tree_specs(one.config)
-  modes = {'attn_q': 'codes', 'attn_o': 'learned', 'mlp_up': 'derived'}
-  plan = {
-      path: lattice.Entry(
-          formats.get('q4_0'), modes[path.split('/')[-1]], s.contraction
-      )
-      for path, s in specs.items() if path.split('/')[-1] in modes
-  }
+  plan = malformed_samples.plan_of_modes(one.config)
   tree = model_weights.stack(one.config, dict(one.weights))
   student = _walk(tree, '', lambda path, weight: (
       weight if path not in plan or plan[path].mode == 'derived'

@@ -145,17 +145,22 @@ def _gemma_zarr(folder, is_zarr3):
   (folder / 'model' / 'tokenizer.model').write_bytes(tokenizer)
 
 
-def _step(folder):
-  """A step of ours with every mode of a quantized weight."""
-  tiny = random_weights.load('random:tiny:1')
-  specs = model_weights.tree_specs(tiny.config)
+def plan_of_modes(config) -> dict[str, lattice.Entry]:
+  """A plan in which three kinds of matrices are q4_0, each in another mode."""
   modes = {'attn_q': 'codes', 'attn_o': 'learned', 'mlp_up': 'derived'}
-  plan = {
+  return {
       path: lattice.Entry(
           formats.get('q4_0'), modes[path.split('/')[-1]], s.contraction
       )
-      for path, s in specs.items() if path.split('/')[-1] in modes
+      for path, s in model_weights.tree_specs(config).items()
+      if path.split('/')[-1] in modes
   }
+
+
+def _step(folder):
+  """A step of ours with every mode of a quantized weight."""
+  tiny = random_weights.load('random:tiny:1')
+  plan = plan_of_modes(tiny.config)
   flat = model_weights.stack(tiny.config, dict(tiny.weights))
   student = {
       'embedding': flat['embedding'], 'final_norm': flat['final_norm'],
