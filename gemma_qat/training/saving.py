@@ -135,10 +135,11 @@ class Saver:
         'optimizer': _numbered(state.optimizer),
         'tokenizer': dict(tokenizer),
     }
-    found = {
-        name: self._sums_of(name, traverse_util.flatten_dict(tree, sep='/'))
-        for name, tree in trees.items()
-    }
+    found = self._sums_of(traverse_util.flatten_dict(trees, sep='/'))
+    by_tree = {name: {} for name in trees}
+    for path, said in found.items():
+      name, _, rest = path.partition('/')
+      by_tree[name][rest] = said
     try:
       # A save whose result nobody takes keeps a thread and three open files:
       # after 340 saves a process may open no more.
@@ -146,7 +147,7 @@ class Saver:
         self._under_way.result()
       self._under_way = self._checkpointer.save_checkpointables_async(
           step,
-          {**trees, 'manifest': orbax_files.sealed(manifest, found)},
+          {**trees, 'manifest': orbax_files.sealed(manifest, by_tree)},
           metrics=None if heldout_kl is None else {_KL: heldout_kl},
       )
     except OSError as error:
@@ -156,19 +157,19 @@ class Saver:
           'another --workdir. Earlier checkpoints are whole.'
       ) from error
 
-  def _sums_of(self, name, leaves):
+  def _sums_of(self, leaves):
     """`sums.of_all`, remembered of host arrays: they are frozen."""
     known = {
-        path: self._sums[name, path][1] for path, x in leaves.items()
-        if self._sums.get((name, path), (None,))[0] is x
+        path: self._sums[path][1] for path, x in leaves.items()
+        if self._sums.get(path, (None,))[0] is x
     }
     found = known | sums.of_all(
         {path: x for path, x in leaves.items() if path not in known}
     )
     for path, x in leaves.items():
       if not isinstance(x, jax.Array):
-        self._sums[name, path] = x, found[path]
-    return {path: found[path] for path in leaves}
+        self._sums[path] = x, found[path]
+    return found
 
   def restore(self, step: int) -> tuple[dict, dict, dict]:
     """Reads a step back as host arrays.
