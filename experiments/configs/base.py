@@ -38,6 +38,8 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
 
   # Scale channels by their activations first (as AWQ), where it folds away.
   c.quant.fold = False
+  # With 'gptq': share of the earlier layers' loss that each makes up for.
+  c.quant.error_propagation = 0.5
   # 'plain', 'clipped' or 'auto': what masters beyond the last code receive.
   c.quant.straight_through = 'auto'
 

@@ -91,10 +91,17 @@ def gram(x, contraction, dtype=jnp.float32):
     float32 [C, C], C the product of the input axes.
   """
   length = math.prod(x.shape[x.ndim - contraction :])
-  rows = x.reshape(-1, length).astype(dtype)
-  return lax.dot_general(
-      rows, rows, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-  )
+  rows = x.reshape(-1, length)
+  return cross_gram(rows, rows, dtype)
+
+
+def cross_gram(x, y, dtype=jnp.float32):
+  """Sums outer products x y^T over the rows of x [T, C] and y [T, C'].
+
+  Returns:
+    float32 [C, C'].
+  """
+  return _dot(x.astype(dtype), y.astype(dtype), 0, 0)
 
 
 def rms_norm(x, gain, epsilon):

@@ -89,17 +89,11 @@ class Transformer(nn.Module):
     c = self.config
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    settings = _Settings(
-        c, self.intercept, self.constrain, self.dtype, self.remat,
-        self.attention,
-    )
+    settings = self.settings()
     outer = weights.outer_specs(c)
     x = _weight(self, settings, '', 'embedding', outer, rows=tokens)
     x = self.constrain(x.astype(self.residual_dtype), _STREAM)
-    multiplier = jnp.float32(c.embedding_multiplier)
-    if self.round_embedding_multiplier:
-      multiplier = multiplier.astype(jnp.bfloat16)
-    x *= multiplier.astype(x.dtype)
+    x *= self.multiplier()
     new_cache = {}
     if c.num_groups:
       scan = nn.scan(
@@ -119,6 +113,20 @@ class Transformer(nn.Module):
     final = _weight(self, settings, '', 'final_norm', outer)
     x = layers.rms_norm(x, final, c.norm_epsilon)
     return x if cache is None else (x, new_cache)
+
+  def settings(self) -> '_Settings':
+    """What every layer needs to know."""
+    return _Settings(
+        self.config, self.intercept, self.constrain, self.dtype, self.remat,
+        self.attention,
+    )
+
+  def multiplier(self):
+    """What the embedding's rows are multiplied with."""
+    multiplier = jnp.float32(self.config.embedding_multiplier)
+    if self.round_embedding_multiplier:
+      multiplier = multiplier.astype(jnp.bfloat16)
+    return multiplier.astype(self.residual_dtype)
 
 
 # The matrices of a layer that read the same inputs, by the first of them.
@@ -196,6 +204,8 @@ class _Block(nn.Module):
       if name in READERS and self.is_mutable_collection('gram'):
         self.sow('gram', name, layers.gram(y, specs[name].contraction, dtype),
                  init_fn=lambda: 0.0, reduce_fn=lambda old, new: old + new)
+      if name in READERS and self.is_mutable_collection('input'):
+        self.sow('input', name, y)
       return layers.contract(y, w[name], specs[name].contraction, dtype)
 
     norm = lambda y, name: layers.rms_norm(y, w[name], c.norm_epsilon)
@@ -225,6 +235,35 @@ class _Block(nn.Module):
     y = see(put(product(y, 'mlp_down').astype(x.dtype), _STREAM), 'mlp')
     x += norm(y, 'mlp_post_norm')
     return see(x, 'stream'), cache
+
+
+def embed(model: Transformer, rows):
+  """Makes of the embedding's rows [B, L, D] what the first layer reads."""
+  return rows.astype(model.residual_dtype) * model.multiplier()
+
+
+def apply_layer(
+    model: Transformer, layer: int, params: Mapping[str, jax.Array], x
+):
+  """Computes one layer alone, with its weights as they are.
+
+  Args:
+    model: whose layer; its `intercept` sees nothing.
+    layer: its number.
+    params: name of a weight in `weights.layer_specs` -> array.
+    x: [B, L, D], what the layers before left, or `embed`.
+
+  Returns:
+    ([B, L, D] after the layer, {name: [B, L, inputs...] that its matrix reads,
+    under the first name of those that share them (`READERS`)}).
+  """
+  settings = dataclasses.replace(model.settings(), intercept=identity)
+  index = layer % model.config.pattern
+  positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  (x, _), read = _Block(settings, '', index).apply(
+      {'params': params}, x, positions, None, mutable=['input']
+  )
+  return x, {name: y for name, (y,) in read['input'].items()}
 
 
 def unembed(hidden, embedding, dtype=jnp.float32):

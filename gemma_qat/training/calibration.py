@@ -16,6 +16,7 @@ def gather_grams(
     params: Mapping[str, Any],
     batches: Iterable[np.ndarray],
     on_batch: Callable[[int], None] = lambda tokens: None,
+    head_only: bool = False,
 ) -> dict[str, np.ndarray]:
   """Reads text with the teacher and sums its activations' outer products.
 
@@ -24,6 +25,7 @@ def gather_grams(
     params: the teacher's tree.
     batches: int [B, L] tokens each.
     on_batch: called with the number of tokens of each batch.
+    head_only: leaves out the matrices inside of layers.
 
   Returns:
     Tree path of a matrix -> float32 [C, C] mean outer product of its inputs,
@@ -31,9 +33,12 @@ def gather_grams(
   """
   @jax.jit
   def read(params, tokens):
-    hidden, grams = model.apply({'params': params}, tokens, mutable=['gram'])
+    hidden, grams = model.apply(
+        {'params': params}, tokens, mutable=[] if head_only else ['gram']
+    )
     # What the head, which is the embedding, multiplies with.
-    return {**grams['gram'], 'embedding': layers.gram(hidden, 1, model.dtype)}
+    head = {'embedding': layers.gram(hidden, 1, model.dtype)}
+    return head | grams.get('gram', {})
 
   total, tokens = None, 0
   for batch in batches:

@@ -23,6 +23,7 @@ from gemma_qat.training import gathering
 from gemma_qat.training import machine
 from gemma_qat.training import metrics
 from gemma_qat.training import optimizer as optimizer_lib
+from gemma_qat.training import propagation
 from gemma_qat.training import saving
 from gemma_qat.training import settings
 from gemma_qat.training import starts
@@ -236,14 +237,21 @@ def start(
     return starts.follow(
         base.config, params, plan, detect.load(s.quant.start)
     )
-  grams = None
-  if s.quant.start != 'reference' or s.quant.fold:
+  in_order = s.quant.start == 'gptq' and s.quant.error_propagation
+  inside = s.quant.fold or s.quant.start != 'reference' and not in_order
+  head = in_order and 'embedding' in plan and (
+      plan['embedding'][0].stored_as == 'q4_0'
+  )
+  grams = {}
+  if inside or in_order:
     batches = [b['tokens'] for b in calibrating()]
     model = machine.make_model(base.config, s.compute, transformer.identity)
+  if inside or head:
     total = sum(b.size for b in batches)
     with metrics.Progress('calibrate', total) as progress:
       grams = calibration.gather_grams(
-          model, params, batches, on_batch=progress.advance
+          model, params, batches, on_batch=progress.advance,
+          head_only=not inside,
       )
   if s.quant.fold:
     total = folding.places(base.config)
@@ -252,10 +260,33 @@ def start(
           base.config, params, grams, plan,
           on_place=lambda path: progress.advance(text=path),
       )
+  found = {}
+  if in_order:
+    found = _in_order(s, model, params, plan, grams, batches)
   with metrics.Progress(f'start: {s.quant.start}', len(plan)) as progress:
     return starts.init_student(
         base.config, params, plan, s.quant.start, grams,
-        on_weight=lambda path: progress.advance(text=path),
+        on_weight=lambda path: progress.advance(text=path), found=found,
+    )
+
+
+def _in_order(s, model, params, plan, grams, batches):
+  """Codes and scales of all matrices; the embedding's come first."""
+  table, found = params['embedding'], {}
+  if 'embedding' in plan:
+    fmt, _, contraction = plan['embedding']
+    made = starts.coordinated(
+        table, weights.tree_specs(model.config)['embedding'],
+        grams.get('embedding'), s.quant.start, fmt,
+    )
+    if made is not None:
+      found['embedding'] = made
+    table = fmt.dequantize(made or fmt.quantize(table, contraction))
+  layers = model.config.num_layers
+  with metrics.Progress(f'{s.quant.start}, layer by layer', layers) as progress:
+    return found | propagation.round_in_order(
+        model, params, table, plan, batches, s.quant.error_propagation,
+        on_layer=lambda layer: progress.advance(text=f'layer {layer}'),
     )
 
 

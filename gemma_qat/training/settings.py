@@ -38,6 +38,10 @@ class QuantSettings:
       activation statistics of 'search', 'gptq' and `fold`.
     fold: whether channels are scaled by their activations first, where norms
       and neighbouring matrices take the inverse (see `quant.folding`).
+    error_propagation: of 'gptq' alone: how much of what the layers before a matrix
+      lost it makes up for before its own rounding, 0 .. 1; layers are then
+      rounded in order, for what the student's layers before them write (see
+      `propagation`). 0: each for what the teacher's write.
     straight_through: 'plain' lets the gradient through to every master,
       'clipped' not where the code is at its limit; 'auto' is plain in the mode
       'derived' and clipped in 'learned'.
@@ -56,6 +60,7 @@ class QuantSettings:
   start: str
   calibration_tokens: int
   fold: bool
+  error_propagation: float
   straight_through: str
   bf16_safe_scales: bool
 
@@ -242,6 +247,7 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
       start=config.quant.start,
       calibration_tokens=config.quant.calibration_tokens,
       fold=config.quant.fold,
+      error_propagation=config.quant.error_propagation,
       straight_through=config.quant.straight_through,
       bf16_safe_scales=config.quant.bf16_safe_scales,
   )
@@ -262,6 +268,11 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
     raise errors.UserError(
         f'config.quant.fold scales channels before codes are found, but '
         f'config.quant.start={s.start} has found them: set it to False.'
+    )
+  if not 0 <= s.error_propagation <= 1:
+    raise errors.UserError(
+        f'config.quant.error_propagation={s.error_propagation} is no share: '
+        'take one in 0 .. 1.'
     )
   _choice('config.quant.straight_through', s.straight_through,
           ('auto', *lattice.STRAIGHT_THROUGH))

@@ -1,6 +1,7 @@
 """Where do a student's codes start?"""
 
 import functools
+import types
 from typing import Any, Callable, Mapping
 import zlib
 
@@ -38,6 +39,7 @@ def init_student(
     start: str,
     grams: Mapping[str, Any] | None = None,
     on_weight: Callable[[str], None] = lambda path: None,
+    found: Mapping[str, formats.Quantized] = types.MappingProxyType({}),
 ) -> dict:
   """Makes the student at step 0.
 
@@ -49,6 +51,7 @@ def init_student(
     grams: tree path -> [..., C, C] second moments of the weight's inputs, for
       the starts that need them; from `calibration.gather_grams`.
     on_weight: called with each path as it is done.
+    found: tree path -> codes and scales of weights that have them already.
 
   Returns:
     The student's tree.
@@ -64,9 +67,11 @@ def init_student(
     fmt, mode, contraction = plan[path]
     gram = None if grams is None else grams.get(path)
     more = _more(path, specs[path])
-    if start != 'reference' and fmt.stored_as == 'q4_0' and gram is not None:
-      codes, scale = _coordinated(leaf, specs[path], gram, start, fmt)
-      tree[path] = _node(leaf, fmt, mode, contraction, codes, scale, more)
+    made = found.get(path)
+    if made is None and gram is not None:
+      made = coordinated(leaf, specs[path], gram, start, fmt)
+    if made is not None and fmt.stored_as == 'q4_0':
+      tree[path] = _node(leaf, fmt, mode, contraction, *made, more)
     else:
       tree[path] = _init_node(leaf, fmt, mode, contraction, **more)
     on_weight(path)
@@ -193,6 +198,41 @@ def check_made(
       )
 
 
+def coordinated(
+    weight, spec: weights.WeightSpec, gram, start: str, fmt: formats.Format
+) -> formats.Quantized | None:
+  """Finds codes and scales from activation statistics, layer by layer.
+
+  Args:
+    weight: [..., last], stacked or not.
+    spec: of the weight.
+    gram: [..., C, C], see `init_student`.
+    start: 'search' or 'gptq'.
+    fmt: the format.
+
+  Returns:
+    Codes and scales as in `formats.Quantized`; None where the start or the
+    format has no use for statistics.
+  """
+  if start == 'reference' or fmt.stored_as != 'q4_0':
+    return None
+  rows = np.asarray(weight, np.float32).reshape(
+      (weight.shape[0] if spec.is_stacked else 1), -1, spec.row_length
+  )
+  codes, scale = [], []
+  for w, g in zip(rows, gram if spec.is_stacked else [gram], strict=True):
+    if start == 'search':
+      found = search.search_q4_0(w, np.diagonal(g), fmt)
+    else:
+      found = gptq.gptq_q4_0(w, g, format=fmt)
+    codes.append(np.asarray(found.codes))
+    scale.append(np.asarray(found.scale))
+  blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
+  return formats.Quantized(
+      np.stack(codes).reshape(weight.shape), np.stack(scale).reshape(blocks)
+  )
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _distance(node, weight, fmt, mode, contraction):
   """Of what the forward pass sees from the weight, relative to the weight."""
@@ -224,20 +264,3 @@ def _node(weight, fmt, mode, contraction, codes, scale, more):
   return lattice.init_node(
       master, fmt, mode, contraction, scale=scale, **more
   )
-
-
-def _coordinated(weight, spec, gram, start, fmt):
-  """Codes and scales from activation statistics, one layer at a time."""
-  rows = np.asarray(weight, np.float32).reshape(
-      (weight.shape[0] if spec.is_stacked else 1), -1, spec.row_length
-  )
-  codes, scale = [], []
-  for w, g in zip(rows, gram if spec.is_stacked else [gram], strict=True):
-    if start == 'search':
-      found = search.search_q4_0(w, np.diagonal(g), fmt)
-    else:
-      found = gptq.gptq_q4_0(w, g, format=fmt)
-    codes.append(np.asarray(found.codes))
-    scale.append(np.asarray(found.scale))
-  blocks = weight.shape[:-1] + (weight.shape[-1] // 32,)
-  return np.stack(codes).reshape(weight.shape), np.stack(scale).reshape(blocks)

@@ -54,7 +54,8 @@ def plan():
   return student_lib.make_plan(CONFIG, settings.QuantSettings(
       rules=((small_model.MATRICES, 'q4_0'),), modes=((r'.', 'codes'),),
       start='reference', calibration_tokens=1, fold=True,
-      straight_through='auto', bf16_safe_scales=False,
+      error_propagation=0.0, straight_through='auto',
+      bf16_safe_scales=False,
   ))
 
 

@@ -47,7 +47,8 @@ def make_plan(
   """Plans formats and modes of the small model."""
   return student_lib.make_plan(CONFIG, settings.QuantSettings(
       rules=rules, modes=modes, start='reference', calibration_tokens=160,
-      fold=False, straight_through='auto', bf16_safe_scales=bf16_safe_scales,
+      fold=False, error_propagation=0.0, straight_through='auto',
+      bf16_safe_scales=bf16_safe_scales,
   ))
 
 
@@ -73,6 +74,11 @@ def init_student(params, plan, start='reference', grams=None) -> dict:
 def flat(tree) -> dict:
   """Returns {leaf path: leaf}."""
   return traverse_util.flatten_dict(tree, sep='/')
+
+
+def nested(flat) -> dict:
+  """Undoes `flat`."""
+  return traverse_util.unflatten_dict(flat, sep='/')
 
 
 def node(tree, path: str):
