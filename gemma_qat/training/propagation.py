@@ -87,13 +87,21 @@ def round_in_order(
         if config.is_global(i) == config.is_global(layer)
     )
     for first, readers in transformer.READERS.items():
-      names = [n for n in readers if prefix + n in entries]
-      if names:
+      of = {n: entries[prefix + n] for n in readers if prefix + n in entries}
+      rows = {
+          n: teacher[n] for n, entry in of.items()
+          if entry.format.stored_as == 'q4_0'
+      }
+      made = {
+          n: entry.format.quantize(teacher[n], entry.contraction)
+          for n, entry in of.items() if n not in rows
+      }
+      if rows:
         moments = _moments(model, alike, first, teacher, student, *streams)
-      for n in names:
-        made = _round(flat[prefix + n], *entries[prefix + n], *moments, share)
-        found[prefix + n] = made
-        student[n] = entries[prefix + n].format.dequantize(made)
+        made |= _round(rows, of[min(rows)].format, *moments, share)
+      for n, quantized in made.items():
+        found[prefix + n] = quantized
+        student[n] = of[n].format.dequantize(quantized)
     streams = [
         [np.asarray(_output(model, alike, p, x)) for x in xs]
         for p, xs in zip((teacher, student), streams)
@@ -139,25 +147,29 @@ def _output(model, layer, params, x):
   return transformer.apply_layer(model, layer, params, x)[0]
 
 
-def _round(weight, fmt, mode, contraction, gram, lost, share):
-  """Codes and scales of one matrix."""
-  del mode
-  weight = np.asarray(weight, np.float32)
-  if fmt.stored_as != 'q4_0':
-    return fmt.quantize(weight, contraction)
-  rows = weight.reshape(-1, len(gram))
+def _round(matrices, fmt, gram, lost, share):
+  """{name: codes and scales} of matrices that read the same."""
+  width = len(gram)
+  rows = np.concatenate([
+      np.asarray(x).reshape(-1, width) for x in matrices.values()
+  ])
   if share:
     gram = gram.astype(np.float64)
-    damped = gram + np.eye(len(gram)) * _DAMPING * np.trace(gram) / len(gram)
+    damped = gram + np.eye(width) * _DAMPING * np.trace(gram) / width
     moved = scipy.linalg.solve(
         damped, lost.astype(np.float64).T @ rows.T, assume_a='pos'
     )
     rows = rows + share * moved.T.astype(np.float32)
   made = gptq.gptq_q4_0(rows, gram, format=fmt)
-  return formats.Quantized(
-      made.codes.reshape(weight.shape),
-      made.scale.reshape(*weight.shape[:-1], -1),
-  )
+  found, first = {}, 0
+  for name, x in matrices.items():
+    part = slice(first, first + x.size // width)
+    found[name] = formats.Quantized(
+        np.asarray(made.codes[part]).reshape(x.shape),
+        np.asarray(made.scale[part]).reshape(*x.shape[:-1], -1),
+    )
+    first = part.stop
+  return found
 
 
 def _stacked(path, parts):

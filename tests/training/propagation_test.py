@@ -106,7 +106,7 @@ def test_other_formats_keep_their_own_rounding(params):
   )
 
 
-@pytest.mark.parametrize('mode', ['codes', 'learned', 'fixed'])
+@pytest.mark.parametrize('mode', ['codes', 'learned'])
 def test_a_student_starts_at_the_codes_that_were_found(params, mode):
   plan = small_model.make_plan_of(mode)
   found = round_in_order(params, 0.5, plan)
