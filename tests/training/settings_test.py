@@ -26,6 +26,8 @@ def _config(**changes):
     (settings.quant, {'quant__modes': ((r'.', 'frozen'),)},
      "quant.modes: Unknown mode 'frozen': choose one of derived, learned"),
     (settings.quant, {'quant__start': 'awq'}, "quant.start: 'awq'.*gptq"),
+    (settings.quant, {'quant__error_propagation': 1.5},
+     'quant.error_propagation=1.5 is no share'),
     (settings.quant, {'quant__bf16_safe_scales': True,
                       'quant__rules': ((r'.', 'q8_0'),)},
      'bf16_safe_scales restricts the scales of q4_0'),
