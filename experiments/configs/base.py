@@ -26,6 +26,10 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   # A GGUF file, a Hugging Face folder, an Orbax checkpoint of ours,
   # 'gemma3-270m' (installed with pip) or 'random:VARIANT'.
   c.model.checkpoint = 'gemma3-270m'
+  # Six layers are compiled once for all groups of six. False: every layer has
+  # its own path (tail/layer_7/...), so that rules can tell layers apart, and
+  # compiling takes several times as long.
+  c.model.scan_layers = True
 
   c.quant = ml_collections.ConfigDict()
   c.quant.rules = MATRICES_Q4_0

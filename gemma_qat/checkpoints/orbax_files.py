@@ -464,7 +464,9 @@ def _tree_path(config, name):
   layer, slash, rest = name.partition('/')
   if not slash:
     return name, None
-  group, i = divmod(int(layer.removeprefix('layer_')), config.pattern)
+  number = int(layer.removeprefix('layer_'))
+  group, i = divmod(number, config.pattern)
   if group < config.num_groups:
     return f'groups/layer_{i}/{rest}', group
-  return f'tail/layer_{i}/{rest}', None
+  first = config.num_groups * config.pattern
+  return f'tail/layer_{number - first}/{rest}', None

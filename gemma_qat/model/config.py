@@ -21,8 +21,9 @@ def check_sizes(config: Any) -> None:
   """
   for field in dataclasses.fields(config):
     value, kind = getattr(config, field.name), field.type
-    if kind is str:
-      is_good, expected = isinstance(value, str), 'a text'
+    if kind in (str, bool):
+      is_good = isinstance(value, kind)
+      expected = 'a text' if kind is str else 'True or False'
     elif kind is int:
       is_good = _is_number(value, numbers.Integral) and 1 <= value <= _LARGEST
       expected = f'a whole number from 1 to {_LARGEST:,}'
@@ -67,6 +68,9 @@ class ModelConfig:
   query_scale_dim: float = 256.0
   norm_epsilon: float = 1e-6
   pattern: int = 6
+  # Whether whole groups are stacked and computed by one scan. Without it every
+  # layer has its own path in the tree, and is compiled for itself.
+  is_scanned: bool = True
 
   def __post_init__(self):
     check_sizes(self)
@@ -79,12 +83,12 @@ class ModelConfig:
   @property
   def num_groups(self) -> int:
     """Whole groups of `pattern` layers: what the model scans over."""
-    return self.num_layers // self.pattern
+    return self.num_layers // self.pattern if self.is_scanned else 0
 
   @property
   def num_tail_layers(self) -> int:
-    """Layers after the last whole group, all local."""
-    return self.num_layers % self.pattern
+    """Layers after the last group of the scan."""
+    return self.num_layers - self.num_groups * self.pattern
 
   @property
   def query_scale(self) -> float:

@@ -168,6 +168,7 @@ def make(
   sharding.check(
       mesh, 'config.train.batch_size', (s.train.batch_size,), ('batch',)
   )
+  model = settings.sizes(config, model)
   program, arguments = job.abstract(s, mesh, model)
   state, settled, teacher, batch = arguments
   parts = {

@@ -5,6 +5,7 @@ One page, in the order in which the data flow: checkpoint -> student ->
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 
@@ -72,6 +73,7 @@ def train(
 def _train(config, s, mesh, workdir, newest, profile):
   """Goes on from step `newest`, or begins where that is None."""
   base = detect.load(config.model.checkpoint)
+  base = dataclasses.replace(base, config=settings.sizes(config, base.config))
   plan = student_lib.make_plan(base.config, s.quant)
   _check_mesh(mesh, base.config, plan, s.train)
   # Wrong rules are found now, not after minutes of calibration.

@@ -13,6 +13,7 @@ import ml_collections
 from gemma_qat import distances
 from gemma_qat import errors
 from gemma_qat.model import attention
+from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.quant import formats
 from gemma_qat.quant import lattice
@@ -179,6 +180,13 @@ class Settings(NamedTuple):
   optimizer: OptimizerSettings
   compute: ComputeSettings
   mesh: MeshSettings
+
+
+def sizes(
+    config: ml_collections.ConfigDict, model: model_config.ModelConfig
+) -> model_config.ModelConfig:
+  """The checkpoint's sizes, laid out in the tree as the config wants."""
+  return dataclasses.replace(model, is_scanned=config.model.scan_layers)
 
 
 def read(config: ml_collections.ConfigDict) -> Settings:

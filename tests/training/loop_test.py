@@ -1,5 +1,6 @@
 """A run ends where its config says, however often it was stopped."""
 
+import dataclasses
 import os
 import shutil
 
@@ -15,6 +16,7 @@ from gemma_qat import errors
 from gemma_qat.checkpoints import checkpoint as checkpoints
 from gemma_qat.checkpoints import detect
 from gemma_qat.checkpoints import export
+from gemma_qat.checkpoints import huggingface_out
 from gemma_qat.checkpoints import orbax_files
 from gemma_qat.quant import formats
 from gemma_qat.training import loop
@@ -113,6 +115,43 @@ def test_the_tiny_config_writes_what_a_run_writes(
     values = checkpoints.to_float32(student.weights[name])
     error = np.linalg.norm(values - teacher.weights[name])
     assert error < 0.15 * np.linalg.norm(teacher.weights[name])
+
+
+def test_rules_can_tell_layers_apart_where_none_is_stacked(
+    make_config, tmp_path
+):
+  tiny = detect.load('random:tiny')
+  two = dataclasses.replace(
+      tiny,
+      config=dataclasses.replace(
+          tiny.config, variant='custom', num_layers=2, pattern=1
+      ),
+      weights=checkpoints.from_arrays({
+          n: tiny.weights[n] for n in tiny.weights
+          if '/' not in n or n.startswith(('layer_0/', 'layer_1/'))
+      }),
+  )
+  huggingface_out.save(tmp_path / 'two', two, 'float32')
+  config = make_config(
+      steps=4, checkpoint_every=4, log_every=4, evaluate_every=4
+  ).unlock()
+  config.model.checkpoint = str(tmp_path / 'two')
+  config.model.scan_layers = False
+  config.quant.start = 'gptq'
+  config.quant.rules = (
+      (r'tail/layer_1/mlp_down$', 'q8_0'), *config.quant.rules
+  )
+  loop.train(config.lock(), tmp_path / 'run')
+  trained = detect.load(tmp_path / 'run')
+  kinds = {n: e.format for n, e in trained.weights.entries.items()}
+  assert kinds['layer_0/mlp_down'] == 'q4_0'
+  assert kinds['layer_1/mlp_down'] == 'q8_0'
+  for name, most in [
+      ('layer_0/mlp_down', 0.15), ('layer_1/mlp_down', 0.01),
+      ('layer_1/attn_q', 0.15),
+  ]:
+    lost = checkpoints.to_float32(trained.weights[name]) - two.weights[name]
+    assert np.linalg.norm(lost) < most * np.linalg.norm(two.weights[name])
 
 
 def test_bf16_safe_scales_stay_so_in_training_and_in_every_file(

@@ -1,0 +1,28 @@
+"""Question: where is a Q8_0 matrix worth its bytes?
+
+All matrices in Q4_0, against the first and the last layer, every down
+projection, or every value and output projection in Q8_0. Layers have paths of
+their own for it, so compiling takes longer: seven minutes a point on two cores.
+
+  gemma-qat sweep --config=experiments/configs/ablations/mixtures.py \
+      --workdir=runs/mixtures
+  gemma-qat report runs/mixtures
+"""
+
+from experiments.configs import gemma3_270m_small
+
+get_config = gemma3_270m_small.get_config
+
+
+def sweep(add) -> None:
+  matrices = r'(attn_[qkvo]|mlp_(gate|up|down))$'
+  rest = (matrices, 'q4_0'), (r'^embedding$', 'q8_0')
+  add('all_q4_0')
+  for name, pattern in {
+      'first_and_last_layer': r'tail/layer_(0|17)/' + matrices,
+      'down': r'mlp_down$',
+      'value_and_output': r'attn_[vo]$',
+  }.items():
+    add(name, {
+        'model.scan_layers': False, 'quant.rules': ((pattern, 'q8_0'), *rest),
+    })
