@@ -1,7 +1,7 @@
 """Question: does a running mean of scales and gains help a short run?
 
-Against the last step's, with a cosine to 0, and with a rate that is less than half as
-high. Five minutes a point on two cores.
+Against the last step's, with a cosine to 0, and with a rate that is less than
+half as high. Five minutes a point on two cores.
 
   gemma-qat sweep --config=experiments/configs/ablations/averages.py \
       --workdir=runs/averages
