@@ -25,8 +25,9 @@ def gptq_q4_0(
 ) -> formats.Quantized:
   """Rounds column after column; later columns make up for earlier errors.
 
-  Columns go in their natural order, as Q4_0's blocks need. A block's scales
-  are searched (`search.search_block`) on the weights as compensated so far,
+  Blocks go in the order of their inputs' mean square, and so do the columns in
+  a block: what matters most is rounded first, and the rest makes up for it. A
+  block's scales are searched (`search.search_block`) on the weights as compensated so far,
   with the Hessian's diagonal as importance. An anchored format has the weight
   nearest to level -8 get it, even if its compensation led away from there.
   Source: Frantar et al., GPTQ.
@@ -56,11 +57,24 @@ def gptq_q4_0(
         f'not of shape {tuple(hessian.shape)}.'
     )
   rules.check_finite('The Hessian', hessian)
-  factor = _inverse_factor(np.asarray(hessian, np.float64), damping)
   importance = np.diag(hessian).astype(np.float32)
-  return formats.Quantized(*_round(
-      jnp.asarray(weight, jnp.float32), jnp.asarray(importance), factor, format
-  ))
+  order = _order(importance.reshape(-1, format.block))
+  hessian = np.asarray(hessian, np.float64)[np.ix_(order, order)]
+  codes, scale = _round(
+      jnp.asarray(weight, jnp.float32)[:, order], jnp.asarray(importance[order]),
+      _inverse_factor(hessian, damping), format,
+  )
+  blocks = order[:: format.block] // format.block
+  return formats.Quantized(
+      codes[:, np.argsort(order)], scale[:, np.argsort(blocks)]
+  )
+
+
+def _order(importance):
+  """Columns [C], largest first, blocks [C / 32, 32] staying together."""
+  blocks = np.argsort(-importance.sum(axis=1), kind='stable')
+  inside = np.argsort(-importance[blocks], axis=1, kind='stable')
+  return (blocks[:, None] * importance.shape[1] + inside).reshape(-1)
 
 
 def _inverse_factor(hessian, damping):
