@@ -65,13 +65,11 @@ def round_in_order(
       name: lattice.Entry(*entry) for path, entry in plan.items()
       for name in weights.layer_names(config, path)
   }
-  look_up = jax.jit(
-      lambda table, tokens: transformer.embed(model, jnp.take(table, tokens, 0))
-  )
   batches = list(batches)
   streams = [
-      [np.asarray(look_up(table, b)) for b in batches]
-      for table in (params['embedding'], embedding)
+      [np.asarray(transformer.embed(model, jnp.asarray(table[b])))
+       for b in batches]
+      for table in (np.asarray(params['embedding']), np.asarray(embedding))
   ]
   found = {}
   for layer in range(config.num_layers):
