@@ -1,6 +1,6 @@
 """Question: how much of the Q4_0 loss comes back in 5,000 steps at 4B?
 
-Weights, block scales and norm gains, from the reference rule.
+Weights, block scales and norm gains, from GPTQ codes (one layer at a time).
 Not run yet: no machine was at hand. What each slice would take is planned in
 experiments/results/plans.md; the variant behind the colon names the slice.
 
@@ -30,7 +30,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c = base.get_config().unlock()
   c.name = 'gemma3_4b'
   c.model.checkpoint = 'random:4b'
-  # Second moments of an MLP's inputs would take 14 GB: no 'gptq'.
-  c.quant.start = 'reference'
+  c.quant.calibration_tokens = 65_536
   c.mesh.fsdp = 8
   return base.finish(c, variant, DEVICES)
