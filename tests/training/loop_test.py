@@ -139,16 +139,18 @@ def test_rules_can_tell_layers_apart_where_none_is_stacked(
   config.model.scan_layers = False
   config.quant.start = 'gptq'
   config.quant.rules = (
-      (r'tail/layer_1/mlp_down$', 'q8_0'), *config.quant.rules
+      (r'tail/layer_1/mlp_down$', 'q8_0'), (r'^embedding$', 'q4_0'),
+      *config.quant.rules[:-1],
   )
   loop.train(config.lock(), tmp_path / 'run')
   trained = detect.load(tmp_path / 'run')
   kinds = {n: e.format for n, e in trained.weights.entries.items()}
   assert kinds['layer_0/mlp_down'] == 'q4_0'
   assert kinds['layer_1/mlp_down'] == 'q8_0'
+  assert kinds['embedding'] == 'q4_0'
   for name, most in [
-      ('layer_0/mlp_down', 0.15), ('layer_1/mlp_down', 0.01),
-      ('layer_1/attn_q', 0.15),
+      ('layer_0/mlp_down', 0.25), ('layer_1/mlp_down', 0.01),
+      ('layer_1/attn_q', 0.25), ('embedding', 0.25),
   ]:
     lost = checkpoints.to_float32(trained.weights[name]) - two.weights[name]
     assert np.linalg.norm(lost) < most * np.linalg.norm(two.weights[name])
