@@ -10,6 +10,7 @@ import scipy.linalg
 
 from gemma_qat import errors
 from gemma_qat.quant import anchored
+from gemma_qat.quant import descent
 from gemma_qat.quant import formats
 from gemma_qat.quant import rules
 from gemma_qat.quant import search
@@ -22,6 +23,7 @@ def gptq_q4_0(
     hessian: np.ndarray,
     damping: float = 0.01,
     format: formats.Format = _Q4_0,
+    passes: int = descent.PASSES,
 ) -> formats.Quantized:
   """Rounds column after column; later columns make up for earlier errors.
 
@@ -41,6 +43,7 @@ def gptq_q4_0(
     hessian: [C, C], sum or mean of x x^T over the layer's inputs x.
     damping: share of the mean diagonal that is added to the diagonal.
     format: Q4_0 or what `formats.bf16_safe` makes of it.
+    passes: of coordinate descent afterwards, see `descent`; 0 is GPTQ alone.
 
   Returns:
     Codes [R, C] and the format's scales [R, C / 32].
@@ -59,11 +62,14 @@ def gptq_q4_0(
   rules.check_finite('The Hessian', hessian)
   importance = np.diag(hessian).astype(np.float32)
   order = _order(importance.reshape(-1, format.block))
-  hessian = np.asarray(hessian, np.float64)[np.ix_(order, order)]
-  codes, scale = _round(
-      jnp.asarray(weight, jnp.float32)[:, order], jnp.asarray(importance[order]),
+  hessian = _damped(np.asarray(hessian, np.float64), damping)
+  hessian = hessian[np.ix_(order, order)]
+  weight = jnp.asarray(weight, jnp.float32)[:, order]
+  found = formats.Quantized(*_round(
+      weight, jnp.asarray(importance[order]),
       _inverse_factor(hessian, damping), format,
-  )
+  ))
+  codes, scale = descent.descend(weight, hessian, found, format, passes)
   blocks = order[:: format.block] // format.block
   return formats.Quantized(
       codes[:, np.argsort(order)], scale[:, np.argsort(blocks)]
@@ -77,13 +83,16 @@ def _order(importance):
   return (blocks[:, None] * importance.shape[1] + inside).reshape(-1)
 
 
-def _inverse_factor(hessian, damping):
-  """The upper U with U^T U = (H + damping)^-1, rows divided by their diagonal.
+def _damped(hessian, damping):
+  mean = np.trace(hessian) / len(hessian)
+  return hessian + np.eye(len(hessian)) * (damping * mean if mean else 1.0)
+
+
+def _inverse_factor(damped, damping):
+  """The upper U with U^T U = H^-1, rows divided by their diagonal.
 
   Row j then says how a unit error in column j is spread over later columns.
   """
-  mean = np.trace(hessian) / len(hessian)
-  damped = hessian + np.eye(len(hessian)) * (damping * mean if mean else 1.0)
   # H = L^T L with lower L, found by flipping, gives U = L^-T without forming
   # the inverse: one factorisation less and none of its rounding.
   try:

@@ -66,7 +66,7 @@ def test_output_error_is_well_below_that_of_rounding_and_of_search():
 
 def test_codes_equal_plain_gptq_in_float64():
   weight, hessian = _weight(16), _hessian()
-  ours = gptq.gptq_q4_0(weight, hessian)
+  ours = gptq.gptq_q4_0(weight, hessian, passes=0)
   order = _largest_first(hessian)
   theirs = _in_numpy(weight, hessian, ours.scale, 0.01, order)
   # float32 sums may tip a rounding that is nearly a tie, and what follows.
@@ -78,7 +78,7 @@ def test_what_matters_most_is_rounded_first():
   # The worst case for the natural order: the largest inputs come last.
   order = _largest_first(hessian)[::-1]
   hessian = hessian[np.ix_(order, order)]
-  ours = gptq.gptq_q4_0(weight, hessian)
+  ours = gptq.gptq_q4_0(weight, hessian, passes=0)
   codes = _in_numpy(weight, hessian, ours.scale, 0.01, range(len(hessian)))
   natural = formats.Quantized(codes, ours.scale)
   assert _output_error(weight, ours, hessian) < 0.9 * _output_error(
@@ -89,7 +89,7 @@ def test_what_matters_most_is_rounded_first():
 def test_without_correlations_it_is_the_search():
   weight = _weight()
   diagonal = np.diag(_hessian()).astype(np.float32)
-  ours = gptq.gptq_q4_0(weight, np.diag(diagonal))
+  ours = gptq.gptq_q4_0(weight, np.diag(diagonal), passes=0)
   searched = search.search_q4_0(weight, diagonal)
   np.testing.assert_array_equal(ours.codes, searched.codes)
   np.testing.assert_array_equal(ours.scale, searched.scale)
