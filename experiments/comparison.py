@@ -93,15 +93,29 @@ def main():
     if not missing:
       continue
     chunks = max(1, a.chunks * contexts[0] // context)
-    wanted = {BASE: files[BASE]} | {n: files[n] for n in missing}
-    _, found = evaluate.evaluate(wanted, text, context, chunks, against=BASE)
-    for name, fidelity in found.items():
-      rows.setdefault(name, {})[key] = fidelity.as_dict()
+    # Of longer contexts the perplexity alone, one file at a time: the logits of
+    # one take 4 GB at 8,192 tokens.
+    is_first = context == contexts[0]
+    whole = [{BASE: files[BASE]} | {n: files[n] for n in missing}]
+    for wanted in whole if is_first else [{n: files[n]} for n in missing]:
+      _, found = evaluate.evaluate(
+          wanted, text, context, chunks, against=BASE if is_first else None
+      )
+      for name, fidelity in found.items():
+        rows.setdefault(name, {})[key] = fidelity.as_dict()
+      store(stored, a, files, rows, contexts)
   for name, file in files.items():
     rows[name]['bytes'] = file.stat().st_size
     rows[name]['types'] = types(file)
     if 'speed' not in rows[name]:
       rows[name]['speed'] = speed(tools, file)
+  report = store(stored, a, files, rows, contexts)
+  RESULTS.with_suffix('.md').write_text(render(report), encoding='utf-8')
+  plot(report, RESULTS.with_suffix('.png'))
+
+
+def store(path, a, files, rows, contexts) -> dict:
+  """Writes what was measured so far, from where another run goes on."""
   report = {
       'model': a.model, 'text': a.text, 'chunks': a.chunks,
       'contexts': contexts, 'device': workdir.device_name(),
@@ -109,12 +123,11 @@ def main():
       'git': workdir.git_revision(), 'command': ' '.join(
           ['python', 'experiments/comparison.py', *map(clean, sys.argv[1:])]
       ),
-      'models': {n: rows[n] for n in files},
+      'models': {n: rows[n] for n in files if n in rows},
   }
-  with atomic.whole_file(stored) as path:
-    path.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
-  RESULTS.with_suffix('.md').write_text(render(report), encoding='utf-8')
-  plot(report, RESULTS.with_suffix('.png'))
+  with atomic.whole_file(path) as part:
+    part.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+  return report
 
 
 def make_files(a, tools) -> dict[str, pathlib.Path]:
