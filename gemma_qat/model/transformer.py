@@ -92,8 +92,7 @@ class Transformer(nn.Module):
     settings = self.settings()
     outer = weights.outer_specs(c)
     x = _weight(self, settings, '', 'embedding', outer, rows=tokens)
-    x = self.constrain(x.astype(self.residual_dtype), _STREAM)
-    x *= self.multiplier()
+    x = self.constrain(embed(self, x), _STREAM)
     new_cache = {}
     if c.num_groups:
       scan = nn.scan(
@@ -120,13 +119,6 @@ class Transformer(nn.Module):
         self.config, self.intercept, self.constrain, self.dtype, self.remat,
         self.attention,
     )
-
-  def multiplier(self):
-    """What the embedding's rows are multiplied with."""
-    multiplier = jnp.float32(self.config.embedding_multiplier)
-    if self.round_embedding_multiplier:
-      multiplier = multiplier.astype(jnp.bfloat16)
-    return multiplier.astype(self.residual_dtype)
 
 
 # The matrices of a layer that read the same inputs, by the first of them.
@@ -239,7 +231,12 @@ class _Block(nn.Module):
 
 def embed(model: Transformer, rows):
   """Makes of the embedding's rows [B, L, D] what the first layer reads."""
-  return rows.astype(model.residual_dtype) * model.multiplier()
+  multiplier = jnp.float32(model.config.embedding_multiplier)
+  if model.round_embedding_multiplier:
+    multiplier = multiplier.astype(jnp.bfloat16)
+  return rows.astype(model.residual_dtype) * multiplier.astype(
+      model.residual_dtype
+  )
 
 
 def apply_layer(

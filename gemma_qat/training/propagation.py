@@ -14,7 +14,6 @@ Propagation; with a share of 0 it is GPTQ as Frantar et al. ran it.
 import functools
 from typing import Any, Callable, Iterable, Mapping
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from gemma_qat.model import weights
 from gemma_qat.quant import formats
 from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
+from gemma_qat.quant import rules
 
 # Share of the mean diagonal that is added to E[x' x'^T] before it is inverted.
 _DAMPING = 0.01
@@ -78,6 +78,8 @@ def round_in_order(
         n: jnp.asarray(flat[prefix + n], jnp.float32)
         for n in weights.layer_specs(config)
     }
+    for n, weight in teacher.items():
+      rules.check_finite(prefix + n, weight)
     student = dict(teacher)
     # Layers of the same attention share their compiled programs.
     alike = min(
@@ -96,6 +98,7 @@ def round_in_order(
       }
       if rows:
         moments = _moments(model, alike, first, teacher, student, *streams)
+        rules.check_finite(f'The inputs of {prefix}{first}', moments[0])
         made |= _round(rows, of[min(rows)].format, *moments, share)
       for n, quantized in made.items():
         found[prefix + n] = quantized
@@ -117,9 +120,7 @@ def _moments(model, layer, first, teacher, student, teacher_xs, student_xs):
   """Means over tokens of x' x'^T and (x - x') x'^T, float32 [C, C]."""
   total, tokens = None, 0
   for x, seen in zip(teacher_xs, student_xs):
-    found = _outer_products(
-        model, layer, first, teacher, student, x, seen
-    )
+    found = _outer_products(model, layer, first, teacher, student, x, seen)
     total = found if total is None else jax.tree.map(jnp.add, total, found)
     tokens += x.shape[0] * x.shape[1]
   return [np.asarray(x) / tokens for x in total]

@@ -277,6 +277,10 @@ def quant(config: ml_collections.ConfigDict) -> QuantSettings:
         f'config.quant.fold scales channels before codes are found, but '
         f'config.quant.start={s.start} has found them: set it to False.'
     )
+  if s.calibration_tokens < 1:
+    raise errors.UserError(
+        f'config.quant.calibration_tokens={s.calibration_tokens} is below 1.'
+    )
   if not 0 <= s.error_propagation <= 1:
     raise errors.UserError(
         f'config.quant.error_propagation={s.error_propagation} is no share: '

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import small_model
 
+from gemma_qat import errors
 from gemma_qat.model import layers
 from gemma_qat.model import transformer
 from gemma_qat.quant import formats
@@ -70,6 +71,18 @@ def test_making_up_brings_the_outputs_nearer(params, grams):
   found = {s: distance(round_in_order(params, s)) for s in (0.0, 0.5)}
   assert found[0.5] < 0.95 * found[0.0]
   assert found[0.5] < 0.95 * distance(alone)
+
+
+@pytest.mark.parametrize('name, value, message', [
+    ('attn_v', np.inf, 'layer_0/attn_v holds'),
+    ('mlp_pre_norm', 3e38, 'The inputs of layer_0/mlp_gate holds'),
+])
+def test_numbers_that_are_not_finite_are_named(params, name, value, message):
+  flat = small_model.flat(params)
+  path = f'groups/layer_0/{name}'
+  flat[path] = np.full_like(flat[path], value)
+  with pytest.raises(errors.UserError, match=message):
+    round_in_order(small_model.nested(flat), 0.5)
 
 
 def test_layers_are_counted(params):

@@ -26,6 +26,8 @@ def _config(**changes):
     (settings.quant, {'quant__modes': ((r'.', 'frozen'),)},
      "quant.modes: Unknown mode 'frozen': choose one of derived, learned"),
     (settings.quant, {'quant__start': 'awq'}, "quant.start: 'awq'.*gptq"),
+    (settings.quant, {'quant__calibration_tokens': 0},
+     'calibration_tokens=0 is below 1'),
     (settings.quant, {'quant__error_propagation': 1.5},
      'quant.error_propagation=1.5 is no share'),
     (settings.quant, {'quant__bf16_safe_scales': True,
