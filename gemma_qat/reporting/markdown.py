@@ -10,7 +10,7 @@ _SIZES = {'base': 'base_bf16', 'ptq': 'ptq', 'qat': 'qat'}
 _STARTS = {
     'reference': "the format's own rounding",
     'search': 'a search of every block, weighted by the activations',
-    'gptq': 'GPTQ rounding (errors passed on within a row)',
+    'gptq': 'GPTQ rounding (errors passed on to what is rounded later)',
 }
 
 
