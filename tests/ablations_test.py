@@ -34,7 +34,8 @@ def test_every_point_is_accepted(name, variant, size):
   for point in points:
     assert point.config.is_locked
     s = settings.read(point.config)
-    plan = student_lib.make_plan(model_config.variant(size), s.quant)
+    sizes = settings.sizes(point.config, model_config.variant(size))
+    plan = student_lib.make_plan(sizes, s.quant)
     starts.check_start(plan, s.quant.start)
-    outline = student_lib.outline(model_config.variant(size), plan)
+    outline = student_lib.outline(sizes, plan)
     assert student_lib.groups(outline, s.train.rules)

@@ -30,6 +30,7 @@ _OTHERS = {
     'name': str,
     'seed': int,
     'model.checkpoint': str,
+    'model.scan_layers': bool,
     'data.train': str,
     'data.heldout_fraction': float,
     'evaluation.text': str,
