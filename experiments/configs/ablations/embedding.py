@@ -7,6 +7,9 @@ minutes a point on two cores.
   gemma-qat sweep --config=experiments/configs/ablations/embedding.py \
       --workdir=runs/embedding
   gemma-qat report runs/embedding
+
+Answer: 0.027 nats and 0.46 of perplexity for 84 MB less; training its scales
+wins back little of it. A point with its scales standing still was not run.
 """
 
 from experiments.configs import gemma3_270m_small

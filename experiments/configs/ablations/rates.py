@@ -6,6 +6,10 @@ a point on two cores.
   gemma-qat sweep --config=experiments/configs/ablations/rates.py \
       --workdir=runs/rates
   gemma-qat report runs/rates
+
+Answer: from codes that were found in order, 24 steps of 1,024 tokens win a
+twentieth of the held-out KL at 3e-4 and at 7e-4 alike, less than the standard
+error apart. 1e-4 was not run.
 """
 
 from experiments.configs import gemma3_270m_small
