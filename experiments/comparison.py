@@ -134,7 +134,8 @@ def make_files(a, tools) -> dict[str, pathlib.Path]:
   """Makes what is missing of the base and of llama-quantize's files."""
   base = a.work / 'base-bf16.gguf'
   if not base.exists():
-    run_own(['convert', f'--from={a.model}', f'--to={base}', '--format=bf16'])
+    run_own(['convert', f'--from={a.model}', f'--to={base}', '--format=bf16',
+             '--embedding=bf16'])
   imatrix = a.work / 'imatrix.gguf'
   if not imatrix.exists():
     text = a.work / 'calibration.txt'
