@@ -34,6 +34,12 @@ from gemma_qat.training import workdir
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results' / 'comparison'
 BASE = 'base, bf16'
+# What must be known to read the table.
+OF_MODEL = {
+    'gemma3-270m': 'The packaged gemma3-270m is a Q4_K_M file itself: Q4_K_M '
+                   'nearly reproduces what it was made from, which says '
+                   'nothing of Q4_K_M. '
+}
 
 
 class Kind(NamedTuple):
@@ -208,8 +214,10 @@ def render(report) -> str:
       f'{report["model"]} on {report["text"]} ({sizes}), by llama.cpp in '
       f'process on a {report["device"]}; llama-imatrix read '
       f'{report["calibration"]}. KL divergence from the base in nats a token '
-      f'at a context of {first}; speeds by llama-bench with all cores.\n\n'
-      f'{markdown.table(head, rows, left=2)}\n\nRevision {report["git"][:12]}. Command:\n\n'
+      f'at a context of {first}; speeds by llama-bench with all cores. '
+      f'{OF_MODEL.get(report["model"], "")}\n\n'
+      f'{markdown.table(head, rows, left=2)}\n\n'
+      f'Revision {report["git"][:12]}. Command:\n\n'
       f'    {report["command"]}\n'
   )
 
