@@ -29,10 +29,10 @@ def gptq_q4_0(
 
   Blocks go in the order of their inputs' mean square, and so do the columns in
   a block: what matters most is rounded first, and the rest makes up for it. A
-  block's scales are searched (`search.search_block`) on the weights as compensated so far,
-  with the Hessian's diagonal as importance. An anchored format has the weight
-  nearest to level -8 get it, even if its compensation led away from there.
-  Source: Frantar et al., GPTQ.
+  block's scales are searched (`search.search_block`) on the weights as
+  compensated so far, with the Hessian's diagonal as importance. An anchored
+  format has the weight nearest to level -8 get it, even if its compensation led
+  away from there. Source: Frantar et al., GPTQ.
 
   Rows do not depend on each other: stack matrices that share their inputs
   (query, key and value; gate and up) to factor the Hessian once. On a busy
