@@ -1,8 +1,8 @@
 """Question: how much of the Q4_0 loss comes back in 20 minutes on two cores?
 
 The default of `make qat`: the real Gemma 3 270M, codes by GPTQ in the order of
-the layers, then block scales and norm gains trained by KL with the codes frozen.
-The lab log (experiments/README.md) says why.
+the layers, then block scales and norm gains trained by KL, the codes frozen. The
+lab log (experiments/README.md) says why.
 
   gemma-qat run --config=experiments/configs/gemma3_270m_cpu.py \
       --workdir=runs/270m

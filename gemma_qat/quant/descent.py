@@ -1,4 +1,4 @@
-"""Which codes and scales near those that were found lose less of the outputs?"""
+"""Which codes and scales near those found lose less of the outputs?"""
 
 import functools
 

@@ -39,10 +39,10 @@ class QuantSettings:
       activation statistics of 'search', 'gptq' and `fold`.
     fold: whether channels are scaled by their activations first, where norms
       and neighbouring matrices take the inverse (see `quant.folding`).
-    error_propagation: of 'gptq' alone: how much of what the layers before a matrix
-      lost it makes up for before its own rounding, 0 .. 1; layers are then
-      rounded in order, for what the student's layers before them write (see
-      `propagation`). 0: each for what the teacher's write.
+    error_propagation: of 'gptq' alone: how much of what the layers before a
+      matrix lost it makes up for before its own rounding, 0 .. 1; layers are
+      then rounded in order, for what the student's layers before them write
+      (see `propagation`). 0: each for what the teacher's write.
     straight_through: 'plain' lets the gradient through to every master,
       'clipped' not where the code is at its limit; 'auto' is plain in the mode
       'derived' and clipped in 'learned'.
