@@ -1,8 +1,8 @@
 """Question: what is the smallest run whose differences still say something?
 
 The default of `make qat` with half of the calibration, 24 steps of 1,024
-tokens and half of the evaluation: five minutes on two cores with bfloat16
-instructions. The questions of ablations/ are asked of it, so that the answers
+tokens and half of the evaluation: 17 minutes on two cores with bfloat16 instructions
+and other jobs beside it. The questions of ablations/ are asked of it, so that the answers
 can be compared with one another; they are answers for this budget.
 
   gemma-qat run --config=experiments/configs/gemma3_270m_small.py \

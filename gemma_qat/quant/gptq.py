@@ -16,12 +16,14 @@ from gemma_qat.quant import rules
 from gemma_qat.quant import search
 
 _Q4_0 = formats.FORMATS['q4_0']
+# Share of the mean diagonal that is added to the diagonal.
+DAMPING = 0.01
 
 
 def gptq_q4_0(
     weight: jax.Array,
     hessian: np.ndarray,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     format: formats.Format = _Q4_0,
     passes: int = descent.PASSES,
 ) -> formats.Quantized:
@@ -62,7 +64,7 @@ def gptq_q4_0(
   rules.check_finite('The Hessian', hessian)
   importance = np.diag(hessian).astype(np.float32)
   order = _order(importance.reshape(-1, format.block))
-  hessian = _damped(np.asarray(hessian, np.float64), damping)
+  hessian = damped(hessian, damping)
   hessian = hessian[np.ix_(order, order)]
   weight = jnp.asarray(weight, jnp.float32)[:, order]
   found = formats.Quantized(*_round(
@@ -83,12 +85,15 @@ def _order(importance):
   return (blocks[:, None] * importance.shape[1] + inside).reshape(-1)
 
 
-def _damped(hessian, damping):
+def damped(hessian: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+  """Adds a share of the mean diagonal, float64 [C, C]; the identity to zeros.
+  """
+  hessian = np.asarray(hessian, np.float64)
   mean = np.trace(hessian) / len(hessian)
   return hessian + np.eye(len(hessian)) * (damping * mean if mean else 1.0)
 
 
-def _inverse_factor(damped, damping):
+def _inverse_factor(hessian, damping):
   """The upper U with U^T U = H^-1, rows divided by their diagonal.
 
   Row j then says how a unit error in column j is spread over later columns.
@@ -97,7 +102,7 @@ def _inverse_factor(damped, damping):
   # the inverse: one factorisation less and none of its rounding.
   try:
     flipped = scipy.linalg.cholesky(
-        damped[::-1, ::-1], lower=False, check_finite=False
+        hessian[::-1, ::-1], lower=False, check_finite=False
     )
   except scipy.linalg.LinAlgError as e:
     raise errors.UserError(

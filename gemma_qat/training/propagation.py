@@ -27,9 +27,6 @@ from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
 from gemma_qat.quant import rules
 
-# Share of the mean diagonal that is added to E[x' x'^T] before it is inverted.
-_DAMPING = 0.01
-
 
 def round_in_order(
     model: transformer.Transformer,
@@ -153,10 +150,8 @@ def _round(matrices, fmt, gram, lost, share):
       np.asarray(x).reshape(-1, width) for x in matrices.values()
   ])
   if share:
-    gram = gram.astype(np.float64)
-    damped = gram + np.eye(width) * _DAMPING * np.trace(gram) / width
     moved = scipy.linalg.solve(
-        damped, lost.astype(np.float64).T @ rows.T, assume_a='pos'
+        gptq.damped(gram), lost.astype(np.float64).T @ rows.T, assume_a='pos'
     )
     rows = rows + share * moved.T.astype(np.float32)
   made = gptq.gptq_q4_0(rows, gram, format=fmt)

@@ -2,8 +2,8 @@
 
 The same run from codes by the format's own rounding, by a search of every
 block, by GPTQ of every layer for the teacher's activations, and by GPTQ layer
-after layer, each making up for a share of what those before it lost. Five
-minutes a point on two cores.
+after layer, each making up for a share of what those before it lost. 17
+minutes a point on two cores, other jobs beside it.
 
   gemma-qat sweep --config=experiments/configs/ablations/starts.py \
       --workdir=runs/starts
