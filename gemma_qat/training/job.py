@@ -276,7 +276,7 @@ def _in_order(s, model, params, plan, grams, batches):
   if 'embedding' in plan:
     fmt, _, contraction = plan['embedding']
     made = starts.coordinated(
-        table, weights.tree_specs(model.config)['embedding'],
+        'embedding', table, weights.tree_specs(model.config)['embedding'],
         grams.get('embedding'), s.quant.start, fmt,
     )
     if made is not None:

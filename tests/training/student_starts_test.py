@@ -9,6 +9,7 @@ import pytest
 import small_model
 
 from gemma_qat import errors
+from gemma_qat.quant import gptq
 from gemma_qat.quant import lattice
 from gemma_qat.training import starts
 
@@ -92,6 +93,17 @@ def test_an_embedding_of_four_bits_starts_by_what_the_head_reads(
     error = np.asarray(entry[0].dequantize(weight)) - params['embedding']
     return np.sum((error @ gram) * error)
   assert lost(start) < 0.95 * lost('reference')
+
+
+def test_an_embedding_stays_nearer_than_rounding_for_the_head_leaves_it(
+    params, grams
+):
+  plan = small_model.make_plan(rules=((r'^embedding$', 'q4_0'),))
+  entry, table = plan['embedding'], params['embedding']
+  far = lambda x: np.linalg.norm(np.asarray(entry[0].dequantize(x)) - table)
+  node = small_model.init_student(params, plan, 'gptq', grams)['embedding']
+  for_head = gptq.gptq_q4_0(table, np.asarray(grams['embedding']))
+  assert far(lattice.quantized(node, *entry)) < 0.97 * far(for_head)
 
 
 @pytest.mark.parametrize('mode', ['codes', 'learned', 'derived', 'fixed'])

@@ -1,8 +1,10 @@
 """Question: which distance to the teacher brings most of it back?
 
-Forward KL against reverse KL, Jensen-Shannon, a mixture with the text's own next
-tokens, a temperature, and the teacher's 64 likeliest entries alone. All are
-judged by the forward KL. About six minutes a point on two cores.
+Forward KL against reverse KL, Jensen-Shannon, a mixture with the text's own
+next tokens, a temperature, the teacher's 64 likeliest entries alone, and the
+last hidden states beside it. All are judged by the forward KL, and start from
+codes by the format's own rounding: after GPTQ so short a run has too little to
+win to tell them apart. Five minutes a point on two cores.
 
   gemma-qat sweep --config=experiments/configs/ablations/distances.py \
       --workdir=runs/distances
@@ -11,7 +13,7 @@ judged by the forward KL. About six minutes a point on two cores.
 
 from experiments.configs import gemma3_270m_small
 
-get_config = gemma3_270m_small.get_config
+get_config = gemma3_270m_small.from_reference
 
 
 def sweep(add) -> None:

@@ -22,6 +22,6 @@ get_config = gemma3_270m_small.get_config
 
 def sweep(add) -> None:
   for start in ('reference', 'search'):
-    add(start, {'quant.start': start})
+    add(start, {'quant.start': start, 'optimizer.learning_rate': 2e-3})
   for share in (0.0, 0.25, 0.5, 0.75):
     add(f'gptq_{share:g}', {'quant.error_propagation': share})

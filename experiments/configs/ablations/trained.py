@@ -1,8 +1,8 @@
 """Question: scales or gains, which of them do the work?
 
 Block scales alone, norm gains alone, both; and what factors of low rank or the
-weights themselves add on so small a budget. Five to eight minutes a point on two
-cores.
+weights themselves add on so small a budget, from codes by the format's own
+rounding. Five to eight minutes a point on two cores.
 
   gemma-qat sweep --config=experiments/configs/ablations/trained.py \
       --workdir=runs/trained
@@ -15,7 +15,7 @@ from this start; from a worse one the weights lost (lab log, 2026-11-22).
 
 from experiments.configs import gemma3_270m_small
 
-get_config = gemma3_270m_small.get_config
+get_config = gemma3_270m_small.from_reference
 
 
 def sweep(add) -> None:
