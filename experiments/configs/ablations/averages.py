@@ -6,6 +6,10 @@ half as high. Five minutes a point on two cores.
   gemma-qat sweep --config=experiments/configs/ablations/averages.py \
       --workdir=runs/averages
   gemma-qat report runs/averages
+
+Answer: no. At 7e-4 with a cosine to 0, a mean with decay 0.9 ends at 0.0486
+nats, the last step at 0.0482: a third of the standard error apart, the held-out
+KL alike to four digits. At 3e-4 it was not run.
 """
 
 from experiments.configs import gemma3_270m_small

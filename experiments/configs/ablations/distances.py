@@ -9,6 +9,11 @@ win to tell them apart. Five minutes a point on two cores.
   gemma-qat sweep --config=experiments/configs/ablations/distances.py \
       --workdir=runs/distances
   gemma-qat report runs/distances
+
+Answer: the forward KL, in 24 steps 0.405 -> 0.208 nats. The reverse KL ends at
+0.252. With 0.3 of cross-entropy it ends at 0.219, farther from the teacher, yet
+at a lower perplexity (15.09 against 15.43; base 13.04): it learns the text
+beside the teacher. The others were not run.
 """
 
 from experiments.configs import gemma3_270m_small
