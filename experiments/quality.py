@@ -3,9 +3,10 @@
   python experiments/quality.py
 
 Reads experiments/results/gemma3_270m_cpu/report.json (of `make qat`),
-comparison.md (of experiments/comparison.py) and ablations/*/report.md (of
-`gemma-qat report runs/X --to=experiments/results/ablations/X`); writes
-experiments/results/quality.md and the table at the top of README.md.
+comparison.md (of experiments/comparison.py), ablations/*/report.md (of
+`gemma-qat report runs/X --to=experiments/results/ablations/X`) and the headings
+of the lab log; writes experiments/results/quality.md and the table at the top
+of README.md.
 """
 
 import importlib
@@ -43,6 +44,12 @@ def main() -> None:
     parts.append('## Questions, one at a time')
   for folder in folders:
     parts += ablation(folder)
+  log = (ROOT / 'experiments' / 'README.md').read_text(encoding='utf-8')
+  asked = [x[3:] for x in log.splitlines() if x.startswith('## ')]
+  parts += [
+      '## In the lab log', 'What was asked and measured there:',
+      '\n'.join(f'- [{heading}](../README.md)' for heading in asked),
+  ]
   text = '\n\n'.join(part.strip() for part in parts) + '\n'
   (RESULTS / 'quality.md').write_text(text, encoding='utf-8')
   headline.main()

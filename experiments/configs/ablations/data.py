@@ -2,9 +2,10 @@
 
 Documentation, or text sampled from the teacher itself, for calibration and for
 training; either way judged on documentation that neither has seen. Sampled text
-needs no corpus.
+needs no corpus. Not run yet.
 
-  gemma-qat generate-data gemma3-270m runs/sampled.jsonl --tokens=65536
+  gemma-qat generate-data gemma3-270m --to=runs/sampled.jsonl \
+      --tokens=65536
   gemma-qat sweep --config=experiments/configs/ablations/data.py \
       --workdir=runs/data
   gemma-qat report runs/data

@@ -8,9 +8,9 @@ minutes a point on two cores.
       --workdir=runs/embedding
   gemma-qat report runs/embedding
 
-Answer: 0.027 nats and 0.40 of perplexity for 84 MB less. Trained scales were run
-from an older start only, 0.0821 against 0.0549 (lab log, 2026-11-26), and won
-back little of it.
+Answer: 0.027 nats and 0.40 of perplexity for 84 MB less. Trained scales were
+run from an older start only, 0.0821 against 0.0549 (lab log, 2026-11-26), and
+won back little of it.
 """
 
 from experiments.configs import gemma3_270m_small

@@ -2,17 +2,18 @@
 
 The same run from codes by the format's own rounding, by a search of every
 block, by GPTQ of every layer for the teacher's activations, and by GPTQ layer
-after layer, each making up for a share of what those before it lost. 17
-minutes a point on two cores, other jobs beside it.
+after layer, each making up for a share of what those before it lost. Ten
+minutes a point on two cores.
 
   gemma-qat sweep --config=experiments/configs/ablations/starts.py \
       --workdir=runs/starts
   gemma-qat report runs/starts
 
-Answer: yes, more than all else. After the same 24 steps GPTQ for the teacher's
-activations (share 0, run before the field existed) ends at 0.0689 nats, GPTQ in
-the order of the layers with a share of 0.5 at 0.0549. Shares of 0 and 0.75 in
-order, weighed tokens, the order of columns and descent: lab log, 2026-11-26.
+Answer: yes, more than all else. After the same 24 steps codes by the format's
+own rounding end at 0.208 nats, GPTQ in the order of the layers with a share of
+0.5 at 0.0482. GPTQ for the teacher's activations ended at 0.0689 with an older
+program. Shares of 0 and 0.75 in order, weighed tokens, the order of columns and
+descent: lab log, 2026-11-26.
 """
 
 from experiments.configs import gemma3_270m_small
