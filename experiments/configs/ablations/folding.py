@@ -6,6 +6,10 @@ uses the same statistics. Two minutes a point on two cores more than the run.
   gemma-qat sweep --config=experiments/configs/ablations/folding.py \
       --workdir=runs/folding
   gemma-qat report runs/folding
+
+Answer: after the reference rule it is worth a factor of two (0.208 -> 0.103
+nats, 0.405 -> 0.134 before the first step). After GPTQ it is worth nothing
+(0.0482 -> 0.0507; held-out 0.0396 -> 0.0426), so it stays off.
 """
 
 from experiments.configs import gemma3_270m_small
