@@ -238,7 +238,9 @@ def plot(report, path) -> None:
     is_ours = 'QAT' in name
     x, color = row['bytes'] / 1e6, '#0072b2' if is_ours else '#7f7f7f'
     axes.plot(x, kld, 'o' if is_ours else 's', color=color, markersize=7)
-    axes.annotate(name, (x, kld), xytext=(7, -11 if is_ours else 3),
+    # An imatrix may move a point so little that the labels would overlap.
+    is_below = is_ours or 'imatrix' in name
+    axes.annotate(name, (x, kld), xytext=(7, -11 if is_below else 3),
                   color=color, fontsize=8,
                   textcoords='offset points',
                   fontweight='bold' if is_ours else 'normal')
