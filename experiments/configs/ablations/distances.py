@@ -4,7 +4,8 @@ Forward KL against reverse KL, Jensen-Shannon, a mixture with the text's own
 next tokens, a temperature, the teacher's 64 likeliest entries alone, and the
 last hidden states beside it. All are judged by the forward KL, and start from
 codes by the format's own rounding: after GPTQ so short a run has too little to
-win to tell them apart. Five minutes a point on two cores.
+win to tell them apart. Five minutes a point on two cores; ten where the loss is
+not the forward KL alone.
 
   gemma-qat sweep --config=experiments/configs/ablations/distances.py \
       --workdir=runs/distances

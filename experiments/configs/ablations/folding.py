@@ -18,9 +18,9 @@ get_config = gemma3_270m_small.get_config
 
 
 def sweep(add) -> None:
-  for start, rate in {'reference': 2e-3, 'gptq': 7e-4}.items():
+  rate = {'optimizer.learning_rate': gemma3_270m_small.REFERENCE_RATE}
+  for start, more in {'reference': rate, 'gptq': {}}.items():
     for fold in (False, True):
       add(f'{start}{"_folded" if fold else ""}', {
-          'quant.start': start, 'quant.fold': fold,
-          'optimizer.learning_rate': rate,
+          'quant.start': start, 'quant.fold': fold, **more,
       })

@@ -23,6 +23,9 @@ get_config = gemma3_270m_small.get_config
 
 def sweep(add) -> None:
   for start in ('reference', 'search'):
-    add(start, {'quant.start': start, 'optimizer.learning_rate': 2e-3})
+    add(start, {
+        'quant.start': start,
+        'optimizer.learning_rate': gemma3_270m_small.REFERENCE_RATE,
+    })
   for share in (0.0, 0.25, 0.5, 0.75):
     add(f'gptq_{share:g}', {'quant.error_propagation': share})
