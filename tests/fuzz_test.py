@@ -53,19 +53,23 @@ def test_damaged_files_are_read_or_refused(readers, tmp_path):
 _BAD = """
 import ctypes, os, pathlib, subprocess, sys
 from experiments.fuzz import guard
+pathlib.Path(sys.argv[1], 'damaged').mkdir()
 home, libc = pathlib.Path(sys.argv[1]), ctypes.CDLL(None)
 watch = guard.Guard([sys.prefix, sys.base_prefix, '<frozen'], [home])
 def write(): open(home / 'x', 'w').close()
 def write_natively():
   libc.close(libc.creat(os.fsencode(home / 'y'), 0o600))
+def write_into_the_input():
+  libc.close(libc.creat(os.fsencode(home / 'damaged' / 'z'), 0o600))
 def start(): subprocess.run(['true'])
 def run_text(): eval(b'1 + 1')
 def remember(): bytearray(b'x') * (2**30 + 2**26)
 def load(): __import__('smtplib')
 def nothing(): open(home / 'x').close(), json.loads('[1]')
 import json
-for what in (write, write_natively, start, run_text, remember, load, nothing):
-  watch.begin(b'module: smtplib')
+for what in (write, write_natively, write_into_the_input, start, run_text,
+             remember, load, nothing):
+  watch.begin(b'module: smtplib', home / 'damaged')
   what()
   seen, _ = watch.end()
   print(json.dumps([what.__name__, sorted({s.split(':')[0] for s in seen})]))
@@ -77,6 +81,7 @@ def test_the_guard_sees_what_no_reader_may_do(tmp_path):
   seen = dict(map(json.loads, done.stdout.splitlines()))
   assert set(seen.pop('write')) >= {'open', 'file'}, done.stderr
   assert seen.pop('write_natively') == ['file']
+  assert seen.pop('write_into_the_input') == ['file']
   assert 'subprocess.Popen' in seen.pop('start')
   assert set(seen.pop('run_text')) == {'compile', 'exec'}
   assert seen.pop('remember') == ['memory']

@@ -18,18 +18,18 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   c.name = 'gemma3_270m_cpu'
   c.quant.modes = ((r'.', 'codes'),)
   c.quant.calibration_tokens = 32_768
-  c.train.steps = 40
+  c.train.steps = 24
   c.train.batch_size = 4
   c.train.length = 512
   c.train.rules = (
       (r'^embedding', None), (r'/scale$', 'scales'), (r'norm$', 'norms'),
   )
-  c.train.checkpoint_every = 20
-  c.train.evaluate_every = 20
+  c.train.checkpoint_every = 12
+  c.train.evaluate_every = 12
   c.train.log_every = 1
   c.train.heldout_batches = 2
   c.optimizer.learning_rate = 5e-4
-  c.optimizer.warmup_steps = 5
+  c.optimizer.warmup_steps = 3
   c.compute.remat = 'none'
   c.evaluation.chunks = 24
   c.evaluation.jax_chunks = 8

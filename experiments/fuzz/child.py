@@ -101,7 +101,7 @@ class Fuzzing:
            *(p for p in sys.path if p.endswith('site-packages'))],
           [home],
       )
-    self._guard.folders = [home, sample]
+    self._guard.watch([home, sample])
     self._done, self._findings = 0, count_findings(folder)
 
   def read(self, data: bytes) -> str:
@@ -113,7 +113,7 @@ class Fuzzing:
     self.state.begin(data)
     problem = text = ''
     with self.files.damaged(data) as path:
-      self._guard.begin(data)
+      self._guard.begin(data, path)
       try:
         said = self._outcome(self._target, path)
         seen, taken = self._guard.end()

@@ -44,13 +44,24 @@ class Guard:
 
   def __init__(self, roots: list[str], folders: list[pathlib.Path]):
     self._roots = tuple(roots)
-    self.folders = folders
+    self.watch(folders)
     self._is_on, self._seen, self._data = False, [], b''
     sys.addaudithook(self._hear)
 
-  def begin(self, data: bytes) -> None:
-    """Begins to watch; `data` is the input, for what is named in it."""
-    self._data, self._seen = data, []
+  def watch(self, folders: list[pathlib.Path]) -> None:
+    """Takes other folders, with all folders in them, where no file may appear.
+    """
+    # Once: a folder that is new changes the one it lies in.
+    self._watched = [where for f in folders for where, _, _ in os.walk(f)]
+
+  def begin(self, data: bytes, path: pathlib.Path) -> None:
+    """Begins to watch.
+
+    Args:
+      data: the input, for what is named in it.
+      path: what was damaged, which may be a folder now.
+    """
+    self._data, self._seen, self._path = data, [], path
     # Sets the peak back to what is in use now.
     _CLEAR.write_bytes(b'5')
     self._before = _kilobytes('VmRSS')
@@ -72,11 +83,8 @@ class Guard:
     return list(dict.fromkeys(seen)), taken
 
   def _changed_at(self):
-    found = {}
-    for folder in self.folders:
-      for where, _, _ in os.walk(folder):
-        found[where] = os.stat(where).st_mtime_ns
-    return found
+    folders = [*self._watched, *([self._path] if self._path.is_dir() else [])]
+    return {f: os.stat(f).st_mtime_ns for f in folders}
 
   def _hear(self, event, arguments):
     if not self._is_on:

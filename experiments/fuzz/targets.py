@@ -147,7 +147,7 @@ def _top(depth):
 
 
 def _read_resumed(path):
-  """As training goes on from a step: by Orbax's own readers."""
+  """As training goes on from a step: all is checked, and all is read."""
   while path.parent.name != 'ocdbt':
     path = path.parent
   with contextlib.suppress(errors.UserError):
