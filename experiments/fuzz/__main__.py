@@ -189,11 +189,15 @@ def _count(total, before, said, again, begin):
 
 
 def store(folder: pathlib.Path) -> None:
-  """Writes the results: a line of JSON a reader, and the table of them."""
-  totals = [
-      _load(folder / name, name) for name in READERS
+  """Writes the results: a line of JSON a reader, and the table of them.
+
+  Of readers that the folder knows nothing of, what was stored before stays.
+  """
+  known = {t.reader: t for t in stored()} | {
+      name: _load(folder / name, name) for name in READERS
       if (folder / name / 'total.json').exists()
-  ]
+  }
+  totals = [known[name] for name in READERS if name in known]
   (RESULTS / 'fuzz.jsonl').write_text(''.join(
       f'{json.dumps(dataclasses.asdict(t))}\n' for t in totals
   ))
@@ -201,8 +205,9 @@ def store(folder: pathlib.Path) -> None:
 
 
 def stored() -> list[Total]:
-  """Reads the results that were stored."""
-  lines = (RESULTS / 'fuzz.jsonl').read_text().splitlines()
+  """Reads the results that were stored, if there are any."""
+  path = RESULTS / 'fuzz.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
   return [Total(**json.loads(line)) for line in lines]
 
 

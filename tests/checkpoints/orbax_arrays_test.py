@@ -1,6 +1,9 @@
 """Slices of Orbax's arrays are exact, lazy, and refused when damaged."""
 
+import gc
 import json
+import pathlib
+import resource
 import shutil
 
 import ml_dtypes
@@ -71,6 +74,24 @@ def test_every_form_gives_shapes_types_and_slices(folder):
       tree['deep/er/x'].read((slice(1, 4),)), TREE['deep']['er']['x'][1:4]
   )
   np.testing.assert_array_equal(tree['zeros'].read(()), TREE['zeros'])
+
+
+@pytest.mark.skipif(
+    not pathlib.Path('/proc/self/statm').exists(), reason='needs Linux'
+)
+def test_opening_again_and_again_takes_no_memory(folders):
+  pages = lambda: int(
+      pathlib.Path('/proc/self/statm').read_text().split()[1]
+  )
+  def open_often():
+    for _ in range(600):
+      orbax_arrays.open_tree(folders['zarr3'])
+    gc.collect()
+  open_often()
+  before = pages()
+  open_often()
+  # Asking tensorstore for a codec as JSON lost 9 MB of it.
+  assert (pages() - before) * resource.getpagesize() < 3e6
 
 
 def test_a_slice_touches_its_own_chunks_only(tmp_path):
