@@ -83,7 +83,9 @@ class Guard:
     return list(dict.fromkeys(seen)), taken
 
   def _changed_at(self):
-    folders = [*self._watched, *([self._path] if self._path.is_dir() else [])]
+    folders = list(self._watched)
+    if self._path.is_dir() and not self._path.is_symlink():
+      folders.append(self._path)
     return {f: os.stat(f).st_mtime_ns for f in folders}
 
   def _hear(self, event, arguments):
