@@ -61,7 +61,9 @@ class Guard:
       data: the input, for what is named in it.
       path: what was damaged, which may be a folder now.
     """
-    self._data, self._seen, self._path = data, [], path
+    self._data, self._seen = data, []
+    is_folder = path.is_dir() and not path.is_symlink()
+    self._folders = self._watched + [path] * is_folder
     # Sets the peak back to what is in use now.
     _CLEAR.write_bytes(b'5')
     self._before = _kilobytes('VmRSS')
@@ -83,10 +85,7 @@ class Guard:
     return list(dict.fromkeys(seen)), taken
 
   def _changed_at(self):
-    folders = list(self._watched)
-    if self._path.is_dir() and not self._path.is_symlink():
-      folders.append(self._path)
-    return {f: os.stat(f).st_mtime_ns for f in folders}
+    return {f: os.stat(f).st_mtime_ns for f in self._folders}
 
   def _hear(self, event, arguments):
     if not self._is_on:
