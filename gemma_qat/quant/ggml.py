@@ -7,7 +7,7 @@ the way of a literal transcription:
     in units of 2^-149, the float32 subnormal step, in which they are integers.
   * `x * id + 8.5` becomes a fused multiply-add under jit, which rounds once
     instead of twice. A clip between the two keeps them apart.
-  * Division by 127 becomes multiplication: see `rounding.divide`.
+  * Divisions are not IEEE's everywhere: see `rounding.divide`.
 """
 
 import jax
@@ -115,7 +115,8 @@ def _lift(blocks):
 
 
 def _inverse(d):
-  return jnp.where(d == 0, 0.0, 1 / jnp.where(d == 0, 1.0, d))
+  one = jnp.ones_like(d)
+  return jnp.where(d == 0, 0.0, rounding.divide(one, jnp.where(d == 0, 1.0, d)))
 
 
 def _without_inverse(d, tiny):

@@ -50,4 +50,5 @@ def _absmax(weight, axes):
 
 
 def _ratio(weight, scale):
-  return jnp.where(scale == 0, 0.0, weight / jnp.where(scale == 0, 1.0, scale))
+  ratio = rounding.divide(weight, jnp.where(scale == 0, 1.0, scale))
+  return jnp.where(scale == 0, 0.0, ratio)

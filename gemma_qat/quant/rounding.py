@@ -96,13 +96,79 @@ def from_float16_bits(bits: jax.Array) -> jax.Array:
   return jnp.where(bits >> 15 == 1, -y, y)
 
 
-def divide(x: jax.Array, divisor: float) -> jax.Array:
-  """Divides x >= 0 by a constant with one rounding, as IEEE and C do.
+def divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
+  """Divides with one rounding, as IEEE and C do, on every backend.
 
-  XLA turns division by a constant into multiplication by its rounded inverse
-  (4.5 % of x / 127 differ then); it leaves a divisor alone that hangs on data.
+  Not so a plain division: on GPUs and TPUs it is off by up to two units in the
+  last place, and everywhere XLA turns division by a constant into
+  multiplication by its rounded inverse (4.5 % of x / 127 differ then).
+
+  Args:
+    x: float32.
+    divisor: float32 that broadcasts with x; not 0 where x is not.
+
+  Returns:
+    float32 of the common shape.
   """
-  return x / jnp.where(x > 0, divisor, 1.0)
+  # XLA leaves a divisor alone that hangs on data.
+  divisor = jnp.where(x != 0, divisor, 1.0).astype(jnp.float32)
+  x = jnp.broadcast_to(x, divisor.shape)
+  return lax.platform_dependent(
+      x, divisor,
+      cpu=lambda x, y: x / y,
+      default=lambda x, y: nearest_quotient(x, y, x / y),
+  )
+
+
+def nearest_quotient(
+    x: jax.Array, y: jax.Array, about: jax.Array
+) -> jax.Array:
+  """Finds the float32 nearest to x / y.
+
+  By sums and products that float32 holds exactly: joined to fused
+  multiply-adds or not, they are the same.
+
+  Args:
+    x, y: float32 of one shape.
+    about: x / y but for two units in the last place. It is the result where
+      it, x or y is subnormal, zero, infinite or NaN.
+
+  Returns:
+    float32 of the same shape.
+  """
+  bits = [lax.bitcast_convert_type(v, jnp.int32) for v in (x, y, about)]
+  exponents = [(b >> 23) & 0xFF for b in bits]
+  x_one, y_one = (
+      lax.bitcast_convert_type((b & 0x7F_FFFF) | 0x3F80_0000, jnp.float32)
+      for b in bits[:2]
+  )
+  # About x_one / y_one, 1/2 .. 2: the exponents of x and y taken off.
+  shift = exponents[0] - exponents[1]
+  near = (bits[2] & 0x7FFF_FFFF) - (shift << 23)
+
+  def lost(near):
+    """x_one - near * y_one, exact while near is off by a unit or two."""
+    q = lax.bitcast_convert_type(near, jnp.float32)
+    # Halves of 12 bits: their products fit into 24.
+    q_high, y_high = (
+        lax.bitcast_convert_type(b & ~0xFFF, jnp.float32)
+        for b in (near, (bits[1] & 0x7F_FFFF) | 0x3F80_0000)
+    )
+    q_low, y_low = q - q_high, y_one - y_high
+    rest = (x_one - q_high * y_high) - q_high * y_low
+    return jnp.abs((rest - q_low * y_high) - q_low * y_low)
+
+  best, least = near, lost(near)
+  for step in (-2, -1, 1, 2):
+    other = lost(near + step)
+    best = jnp.where(other < least, near + step, best)
+    least = jnp.minimum(other, least)
+  # The sign and the exponent come back.
+  found = (best + (shift << 23)) | (bits[2] & jnp.int32(-(2**31)))
+  is_normal = jnp.all(jnp.stack([(e > 0) & (e < 255) for e in exponents]), 0)
+  return jnp.where(
+      is_normal, lax.bitcast_convert_type(found, jnp.float32), about
+  )
 
 
 def _backward(_, gradient):

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gemma_qat.quant import rounding
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def fake_quantize(format, contraction, is_clipped, weight):
@@ -76,7 +78,9 @@ def nearest(format, master, scale):
   Where float16 stores the scale as 0 the ratio counts as 0.
   """
   d = spread(format, format.stored_scale(scale), master)
-  ratio = jnp.where(d == 0, 0.0, master / jnp.where(d == 0, 1.0, d))
+  # As exact as on a CPU, which may write the file: the same codes.
+  ratio = rounding.divide(master, jnp.where(d == 0, 1.0, d))
+  ratio = jnp.where(d == 0, 0.0, ratio)
   codes = jnp.round(ratio) + format.zero
   codes = jnp.clip(codes, format.lowest, format.highest)
   return codes.astype(jnp.int8), ratio

@@ -55,6 +55,33 @@ def test_what_both_hold_is_not_rounded_again():
   np.testing.assert_array_equal(once.astype(np.float16), once)
 
 
+@pytest.mark.parametrize('units', range(-2, 3))
+def test_from_a_quotient_that_is_nearly_right_the_nearest_is_found(units):
+  rng = np.random.default_rng(1)
+  x, y = (
+      (rng.standard_normal(500_000) * np.exp2(rng.uniform(-40, 40, 500_000)))
+      .astype(np.float32) for _ in range(2)
+  )
+  x[:100_000] = 1.0
+  # Powers of two: the units below them are half as large.
+  y[::7] = np.exp2(rng.integers(-40, 40, len(y[::7]))).astype(np.float32)
+  expected = x / y
+  about = (expected.view(np.int32) + units).view(np.float32)
+  np.testing.assert_array_equal(
+      jax.jit(rounding.nearest_quotient)(x, y, about), expected
+  )
+
+
+def test_what_is_no_normal_number_is_left_to_the_plain_division():
+  x = np.float32([0, 1, np.inf, 1e-40, 1, -np.inf])
+  y = np.float32([3, np.inf, 2, 2, 1e-40, 0.5])
+  with np.errstate(over='ignore'):
+    about = x / y
+  np.testing.assert_array_equal(
+      rounding.nearest_quotient(x, y, about), about
+  )
+
+
 def test_the_gradient_passes_straight_through():
   x = jnp.float32([0.1, -3e-6, 0.0, 70.3])
   g = jnp.float32([1.0, 2.0, 3.0, -4.0])
