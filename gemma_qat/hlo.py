@@ -17,7 +17,8 @@ _BITS = {
     **{f'f{n}': n for n in (16, 32, 64)},
 }
 _ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?')
-_NAME = re.compile(r'%([\w.\-]+)')
+# '%x#3' is the fourth element of the tuple x.
+_NAME = re.compile(r'%([\w.\-]+(?:#\d+)?)')
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{')
 _CALLED = re.compile(
     r'(calls|to_apply|body|condition|branch_computations|true_computation|'
@@ -91,6 +92,7 @@ def parse(text: str) -> Program:
     if line.startswith('  ') and body is not None:
       found = _instruction(line.strip())
       if found is not None:
+        body |= _elements(body, found)
         body[found.name] = found
     elif head := _HEAD.match(line):
       body = computations.setdefault(head[2], {})
@@ -135,6 +137,19 @@ def _instruction(text):
       name.lstrip('%'), _arrays(shape), opcode, tuple(_NAME.findall(inside)),
       inside, rest[close + 1 :], is_root,
   )
+
+
+def _elements(body, line):
+  """The instructions that take those elements of tuples that a line reads."""
+  found = {}
+  for operand in line.operands:
+    name, mark, index = operand.partition('#')
+    if mark and name in body:
+      found[operand] = Instruction(
+          operand, body[name].shape[int(index) :][:1], 'get-tuple-element',
+          (name,), f'%{name}', f', index={index}', False,
+      )
+  return found
 
 
 def _arrays(shape):

@@ -17,7 +17,7 @@ from gemma_qat import heads
 
 P = jax.sharding.PartitionSpec
 # What is kept of logits at a time takes no more than this, in bytes.
-_LARGEST = 2**31
+ROOM = 2**31
 
 
 def as_it_is(node):
@@ -33,6 +33,7 @@ def linear_kl(
     *,
     rows: Callable[[Any], jax.Array] = as_it_is,
     block: int | None = None,
+    room: int = ROOM,
     dtype=jnp.bfloat16,
     train_head: bool = False,
     placement: heads.Placement | None = None,
@@ -59,6 +60,7 @@ def linear_kl(
     rows: part of `student_head`, some rows of each array -> [rows, D].
     block: vocabulary entries that one round reads; chosen by `choose_block`
       when None.
+    room: bytes of exponentials that are kept at a time, on one device.
     dtype: of the operands of the products; all else is float32.
     train_head: whether `student_head` gets a gradient.
     placement: how all of it lies on several devices.
@@ -70,13 +72,13 @@ def linear_kl(
   if not train_head:
     student_head = jax.tree.map(stop, student_head)
   is_cut = tuple(heads.is_cut(student_head))
-  how = _How(rows, block, dtype, train_head, placement, is_cut)
+  how = _How(rows, block, room, dtype, train_head, placement, is_cut)
   return _linear_kl(
       student, stop(teacher), student_head, stop(teacher_head), how
   )
 
 
-def choose_block(tokens: int, width: int) -> int:
+def choose_block(tokens: int, width: int, room: int = ROOM) -> int:
   """Says how many vocabulary entries to take at a time.
 
   A block costs one reading and writing of the gradient, [T, D], beside its
@@ -86,23 +88,27 @@ def choose_block(tokens: int, width: int) -> int:
   Args:
     tokens: T, on one device.
     width: D.
+    room: bytes that two blocks of logits may take.
   """
   block = 1 << (3 * width - 1).bit_length()
-  while block > 512 and 8 * tokens * block > _LARGEST:
+  while block > 512 and 8 * tokens * block > room:
     block //= 2
   return block
 
 
-def choose_tokens(tokens: int, vocabulary: int, dtype) -> int:
+def choose_tokens(
+    tokens: int, vocabulary: int, dtype, room: int = ROOM
+) -> int:
   """Says for how many tokens at a time exponentials are kept.
 
   Args:
     tokens: T, on one device.
     vocabulary: entries on one device.
     dtype: what the exponentials are kept in.
+    room: bytes for them.
   """
   kept = 2 * vocabulary * jnp.dtype(dtype).itemsize
-  rounds = -(-tokens * kept // _LARGEST)
+  rounds = -(-tokens * kept // room)
   return max(-(-tokens // rounds), min(tokens, 128))
 
 
@@ -146,6 +152,7 @@ class _How(NamedTuple):
 
   rows: Callable[[Any], jax.Array]
   block: int | None
+  room: int
   dtype: Any
   train_head: bool
   placement: heads.Placement | None
@@ -173,7 +180,7 @@ def _forward(student, teacher, head, teacher_head, how):
     return _kl(sums), slope, log_z.T
 
   def value_and_slope(student, teacher, *pair):
-    size = choose_tokens(len(student), len(pair[1]), how.dtype)
+    size = choose_tokens(len(student), len(pair[1]), how.dtype, how.room)
     out = [
         lax.scan(lambda _, x: ((), some_tokens(*x, pair)), (), part)[1]
         for part in _cut((student, teacher), size)
@@ -254,7 +261,7 @@ def _read(student, teacher, head, teacher_head, how, keep):
     kept = _bits((e_s.astype(how.dtype), e_t.astype(how.dtype)))
     return (), (sums, kept if keep else None)
 
-  block = how.block or choose_block(*student.shape)
+  block = how.block or choose_block(*student.shape, how.room)
   return [
       lax.scan(body, (), part)[1]
       for part in _cut((head, teacher_head), block)
@@ -274,7 +281,7 @@ def _weigh(found, log_z, pair, shape, how):
     return slope + _dot(p.astype(how.dtype), rows, 1, 0), None
 
   slope = jnp.zeros(shape)
-  block = how.block or choose_block(*shape)
+  block = how.block or choose_block(*shape, how.room)
   for part, kept in zip(_cut(pair, block), found, strict=True):
     slope, _ = lax.scan(body, slope, (part, kept))
   return slope
@@ -321,7 +328,7 @@ def _head_gradient(student, teacher, head, teacher_head, log_z, g, how):
     cut = [c for c, f in zip(how.is_cut, is_float) if f]
     return (), [heads.scatter(x, c, how.placement) for x, c in zip(found, cut)]
 
-  block = how.block or choose_block(*student.shape)
+  block = how.block or choose_block(*student.shape, how.room)
   out = [
       lax.scan(body, (), part)[1] for part in _cut((head, teacher_head), block)
   ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gemma_qat import compiled
+from gemma_qat import hlo
 
 SPEC = jax.sharding.PartitionSpec
 
@@ -211,6 +212,22 @@ def test_the_text_of_a_tpu_program_is_understood():
   }
   assert found.flops == 10 * 2 * 4 * 8 * 16 * 32
   assert found.cycles == 10 * 107
+
+
+def test_an_operand_may_be_an_element_of_a_tuple():
+  text = '''HloModule m, num_partitions=2
+
+ENTRY %main (p: (s32[], f32[4,8], f32[8,2])) -> f32[4,2] {
+  %p = (s32[], f32[4,8]{1,0}, f32[8,2]{1,0}) parameter(0)
+  ROOT %d = f32[4,2]{1,0} dot(%p#1, %p#2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+'''
+  program = hlo.parse(text)
+  line = program.computations['main']['d']
+  left, right = program.operands('main', line)
+  assert left.opcode == 'get-tuple-element' and 'index=1' in left.rest
+  assert (left.shape[0].sizes, right.shape[0].sizes) == ((4, 8), (8, 2))
+  assert compiled.product_flops(program, 'main', line) == 2 * 4 * 8 * 2
 
 
 def test_an_all_reduce_that_is_sliced_can_count_as_a_reduce_scatter():

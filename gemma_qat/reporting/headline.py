@@ -14,14 +14,26 @@ _MARKS = re.compile(r'(<!-- result -->\n).*?(\n<!-- /result -->)', re.DOTALL)
 
 def render(report: Mapping[str, Any]) -> str:
   """Sets the headline figures of a report as Markdown."""
-  ppl, kld, top1 = report['ppl'], report['kld'], report['top1']
-  size = lambda n: f'{n / 1e6:.0f} MB'
-  percent = lambda x: f'{100 * x:.1f} %'
   lines = [
       f'{report["model"]}, Q4_0, on a {report["device"]}: {report["steps"]} '
       f'steps, {report["tokens"]:,} tokens, '
       f'{report["seconds"] / 60:.0f} minutes in all, evaluation included.',
       '',
+      *table(report),
+      f'Measured by {report["engine"]} on {report["chunks"]} chunks of '
+      f'{report["context"]} tokens of {report["text"]} (CPython\'s '
+      'documentation topics), which the training never saw. '
+      f'Command: `make qat`; numbers: `{REPORT}`.',
+  ]
+  return '\n'.join(lines)
+
+
+def table(report: Mapping[str, Any]) -> list[str]:
+  """Lines of Markdown: the three models, and what was won back."""
+  ppl, kld, top1 = report['ppl'], report['kld'], report['top1']
+  size = lambda n: f'{n / 1e6:.0f} MB'
+  percent = lambda x: f'{100 * x:.1f} %'
+  return [
       '| model | size | perplexity | KL divergence | top-1 agreement |',
       '|---|---:|---:|---:|---:|',
       f'| base, bfloat16 | {size(report["bytes"]["base_bf16"])} '
@@ -35,12 +47,7 @@ def render(report: Mapping[str, Any]) -> str:
       f'Won back of what PTQ lost: **{percent(report["recovered_ppl"])}** of '
       f'the perplexity, **{percent(report["recovered_kld"])}** of the KL '
       'divergence.',
-      f'Measured by {report["engine"]} on {report["chunks"]} chunks of '
-      f'{report["context"]} tokens of {report["text"]} (CPython\'s '
-      'documentation topics), which the training never saw. '
-      f'Command: `make qat`; numbers: `{REPORT}`.',
   ]
-  return '\n'.join(lines)
 
 
 def main() -> None:

@@ -105,6 +105,7 @@ def make_program(
           mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
       ),
       options=options,
+      kl_room=machine.kl_room(mesh.devices.flat[0]),
   )
   loss = make_loss(s.loss)
   init = lambda leaves: step_lib.init_state(leaves, optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_qat import losses
 from gemma_qat.model import attention
 from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
@@ -57,6 +58,20 @@ def fast_attention(config: model_config.ModelConfig, dtype: str) -> str:
   print(f'Attention in blocks, since cuDNN does not serve it: {obstacle}',
         file=sys.stderr, flush=True)
   return 'blockwise'
+
+
+def kl_room(device: jax.Device) -> int:
+  """Says how many bytes of exponentials the KL may keep at a time.
+
+  A twelfth of a GPU's memory, 5 GB of an H100's: one round over the vocabulary
+  in blocks of 8,192 instead of two in blocks of 2,048 took 22.9 ms for 29.6
+  there (4,096 tokens, D = 640). Elsewhere, and for devices that are only
+  described, `losses.ROOM`.
+  """
+  if device.platform != 'gpu':
+    return losses.ROOM
+  limit = (device.memory_stats() or {}).get('bytes_limit', 0)
+  return max(losses.ROOM, limit // 12)
 
 
 def fast_dtype() -> str:

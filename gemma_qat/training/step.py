@@ -42,6 +42,7 @@ def make_loss(
     train_head: bool,
     placement: heads.Placement | None = None,
     options: distances.Options | None = None,
+    kl_room: int = losses.ROOM,
 ):
   """Builds the distance between student and teacher on one batch.
 
@@ -55,6 +56,7 @@ def make_loss(
     train_head: whether the student's embedding is trained.
     placement: see `losses.linear_kl`.
     options: another distance than the forward KL.
+    kl_room: see `losses.linear_kl`.
 
   Returns:
     loss(student tree, teacher tree, batch) -> `Sums` over the positions of
@@ -68,8 +70,8 @@ def make_loss(
     del batch
     kl = losses.linear_kl(
         hidden, target, student['embedding'], teacher['embedding'],
-        rows=rows, block=kl_block, dtype=dtype, train_head=train_head,
-        placement=placement,
+        rows=rows, block=kl_block, room=kl_room, dtype=dtype,
+        train_head=train_head, placement=placement,
     )
     return kl, kl
 
