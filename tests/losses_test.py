@@ -86,6 +86,20 @@ def test_values_and_gradients_are_those_of_materialised_logits(
   assert not gradients[1].any() and not gradients[3].any()
 
 
+def test_in_less_room_there_are_more_rounds_and_the_same_values():
+  args = _inputs(tokens=300)
+  expected, gradients = _value_and_gradients(_plain, args)
+  # For 128 tokens: rounds of 128, 128 and 44.
+  room = 128 * 2 * V * 4
+  assert losses.choose_tokens(300, V, jnp.float32, room) == 128
+  assert losses.choose_tokens(300, V, jnp.float32) == 300
+  values, found = _value_and_gradients(
+      functools.partial(losses.linear_kl, room=room, dtype=jnp.float32), args
+  )
+  np.testing.assert_allclose(values, expected, atol=1e-5)
+  np.testing.assert_allclose(found[0], gradients[0], atol=1e-5)
+
+
 def test_gradients_are_finite_differences():
   args = _inputs()
   run = jax.jit(lambda *a: jnp.sum(_blocked(train_head=True)(*a)))
