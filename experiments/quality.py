@@ -3,7 +3,8 @@
   python experiments/quality.py
 
 Reads experiments/results/gemma3_270m_cpu/report.json (of `make qat`),
-comparison.md (of experiments/comparison.py), ablations/*/report.md (of
+gemma3_270m_h100/report.json, other_text.json (of `gemma-qat evaluate
+--json`), comparison.md (of experiments/comparison.py), ablations/*/report.md (of
 `gemma-qat report runs/X --to=experiments/results/ablations/X`) and the headings
 of the lab log; writes experiments/results/quality.md and the table at the top
 of README.md.
@@ -30,6 +31,8 @@ def main() -> None:
       '## The default run',
       headline.render(report),
       f'Seed {report.get("seed", 0)}, revision {report["git"][:12]}.',
+      *on_a_gpu(),
+      *other_text(),
   ]
   comparison = RESULTS / 'comparison.md'
   if comparison.exists():
@@ -55,21 +58,66 @@ def main() -> None:
   headline.main()
 
 
+def on_a_gpu() -> list[str]:
+  """The run of experiments/configs/gemma3_270m.py, as far as it came."""
+  from gemma_qat.reporting import headline
+  folder = RESULTS / 'gemma3_270m_h100'
+  report = json.loads((folder / 'report.json').read_text(encoding='utf-8'))
+  planned = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+  return [
+      '## On one GPU',
+      _answer(importlib.import_module('experiments.configs.gemma3_270m')),
+      f'{report["model"]}, Q4_0, {report["device"]}: {report["steps"]:,} of '
+      f'{planned["train"]["steps"]:,} steps, {report["tokens"]:,} tokens, '
+      f'{report["tokens_per_second"]:,.0f} tokens a second. '
+      f'{report["chunks"]} chunks of {report["context"]} tokens of '
+      f'{report["text"]}.',
+      '\n'.join(headline.table(report)),
+      'Curves and samples: `gemma3_270m_h100/report.md`; revision '
+      f'{report["git"][:12]}.',
+  ]
+
+
+def other_text() -> list[str]:
+  """The same files on text of another kind than what they were trained on."""
+  said = json.loads((RESULTS / 'other_text.json').read_text(encoding='utf-8'))
+  ptq = said['models']['PTQ Q4_0']['kld']
+  rows = ['| model | PPL | KLD | KLD 99 % | top-1 % | KLD won back |',
+          '|---|---:|---:|---:|---:|---:|']
+  for name, m in said['models'].items():
+    cells = [f'{m["ppl"]:.3f}', *4 * ['-']]
+    if m['kld'] is not None:
+      cells[1:] = [f'{m["kld"]:.4f}', f'{m["kld_q99"]:.4f}',
+                   f'{100 * m["top1"]:.2f}', f'{1 - m["kld"] / ptq:.1%}']
+    rows.append(f'| {name} | {" | ".join(cells)} |')
+  return [
+      '## On text of another kind', said['question'], '\n'.join(rows),
+      f'{said["text"]}, by {said["engine"]}. Commands:',
+      '\n'.join(f'    {line}' for line in said['commands']),
+  ]
+
+
 def ablation(folder: pathlib.Path) -> list[str]:
   """The question, as its config asks it, and the table of its answer."""
   module = importlib.import_module(
       f'experiments.configs.ablations.{folder.name}'
   )
-  question, *rest = module.__doc__.strip().split('\n\n')
+  question, *_ = module.__doc__.strip().split('\n\n')
   said = (folder / 'report.md').read_text(encoding='utf-8')
   table = [line for line in said.splitlines() if line.startswith('|')]
-  answer = next((p for p in rest if p.startswith('Answer')), '')
   return [
-      f'### {question.removeprefix("Question: ")}', *filter(None, [answer]),
+      f'### {question.removeprefix("Question: ")}',
+      *filter(None, [_answer(module)]),
       '\n'.join(table),
       f'Config `experiments/configs/ablations/{folder.name}.py`; everything '
       f'measured: `ablations/{folder.name}/report.md`.',
   ]
+
+
+def _answer(module) -> str:
+  """The paragraph of a config's docstring that says what came out."""
+  paragraphs = module.__doc__.strip().split('\n\n')
+  return next((p for p in paragraphs if p.startswith('Answer')), '')
 
 
 if __name__ == '__main__':

@@ -75,12 +75,14 @@ fake_quantize_learned.defvjp(_learned_forward, _learned_backward)
 def nearest(format, master, scale):
   """Returns the int8 codes nearest to master / scale, and that ratio.
 
-  Where float16 stores the scale as 0 the ratio counts as 0.
+  Where float16 stores the scale as 0 the ratio counts as 0. Multiplied by the
+  scale's inverse, one a block, it is the same on every machine: one may train
+  and another write the file. An exact division of every weight would take a
+  hundred operations on a GPU.
   """
-  d = spread(format, format.stored_scale(scale), master)
-  # As exact as on a CPU, which may write the file: the same codes.
-  ratio = rounding.divide(master, jnp.where(d == 0, 1.0, d))
-  ratio = jnp.where(d == 0, 0.0, ratio)
+  d = format.stored_scale(scale)
+  inverse = rounding.divide(jnp.ones_like(d), jnp.where(d == 0, 1.0, d))
+  ratio = master * spread(format, jnp.where(d == 0, 0.0, inverse), master)
   codes = jnp.round(ratio) + format.zero
   codes = jnp.clip(codes, format.lowest, format.highest)
   return codes.astype(jnp.int8), ratio
