@@ -1,7 +1,6 @@
 """What made this workdir: which config, which program, on what devices?"""
 
 from collections.abc import Mapping, Sequence
-import importlib.metadata
 import json
 import pathlib
 import platform
@@ -181,10 +180,4 @@ def _tuples(value):
 
 
 def _now(name):
-  if name in _NOW:
-    return _NOW[name]()
-  try:
-    return importlib.metadata.version(name)
-  # ValueError: a name that no package can have.
-  except (importlib.metadata.PackageNotFoundError, ValueError):
-    return 'not installed'
+  return _NOW[name]() if name in _NOW else workdirs.version(name)

@@ -141,11 +141,23 @@ def _compare(workdir, old, new):
 
 def _revision():
   versions = {
-      name: importlib.metadata.version(name)
+      name: version(name)
       for name in ('jax', 'flax', 'optax', 'orbax-checkpoint', 'xllamacpp')
   }
   return {'git': git_revision(), 'python': platform.python_version(),
           'device': device_name(), 'devices': jax.device_count(), **versions}
+
+
+def version(package: str) -> str:
+  """Returns the version that is installed, or 'not installed'.
+
+  A machine may train without what another exports and evaluates with.
+  """
+  try:
+    return importlib.metadata.version(package)
+  # ValueError: a name that no package can have.
+  except (importlib.metadata.PackageNotFoundError, ValueError):
+    return 'not installed'
 
 
 def git_revision() -> str:

@@ -27,6 +27,12 @@ def test_a_new_folder_gets_the_resolved_config_and_the_revision(tmp_path):
   assert {'git', 'jax', 'device'} <= revision.keys()
 
 
+@pytest.mark.parametrize('package', ['no-such-package-anywhere', ''])
+def test_a_package_that_is_missing_is_called_so(package):
+  assert workdir_lib.version(package) == 'not installed'
+  assert workdir_lib.version('jax')[0].isdigit()
+
+
 def test_the_same_config_may_go_on(tmp_path):
   workdir_lib.claim(tmp_path, _config())
   before = (tmp_path / workdir_lib.REVISION).read_bytes()
