@@ -63,7 +63,8 @@ def main(argv=None):
 
 def make_ours(block, dtype, train_head):
   """Builds f(student, teacher, head, teacher head) -> (loss, gradients)."""
-  room = machine.kl_room(jax.devices()[0])
+  device = jax.devices()[0]
+  room = machine.kl_room(device.platform, device.device_kind)
   return _with_gradient(functools.partial(
       losses.linear_kl, block=block, room=room, dtype=dtype,
       train_head=train_head,

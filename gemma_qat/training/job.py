@@ -85,6 +85,7 @@ def make_program(
   )
   is_alone = mesh.size == 1
   moving = codes.moving(plan, groups)
+  device = mesh.devices.flat[0]
 
   def model(intercept, plan):
     if is_alone:
@@ -105,7 +106,7 @@ def make_program(
           mesh, ('data', 'fsdp'), 'tensor', 'fsdp'
       ),
       options=options,
-      kl_room=machine.kl_room(mesh.devices.flat[0]),
+      kl_room=machine.kl_room(device.platform, device.device_kind),
   )
   loss = make_loss(s.loss)
   init = lambda leaves: step_lib.init_state(leaves, optimizer)

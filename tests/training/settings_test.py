@@ -6,6 +6,7 @@ import pytest
 
 from experiments.configs import base
 from gemma_qat import errors
+from gemma_qat import losses
 from gemma_qat.model import config as model_config
 from gemma_qat.model import transformer
 from gemma_qat.training import machine
@@ -69,6 +70,17 @@ def test_auto_is_resolved_for_this_machine():
   config = model_config.variant('tiny')
   model = machine.make_model(config, s, transformer.identity)
   assert model.attention == machine.fast_attention(config, s.dtype)
+
+
+def test_a_known_gpu_has_more_room_for_the_kl():
+  # What the vocabulary's exponentials of 4,096 tokens take, twice in bfloat16.
+  wanted = 4096 * 262_144 * 2 * 2
+  assert machine.kl_room('gpu', 'NVIDIA H100 80GB HBM3') >= wanted > losses.ROOM
+  for platform, kind in (
+      ('gpu', 'NVIDIA GeForce RTX 3090'), ('gpu', 'unheard of'),
+      ('tpu', 'TPU v5'), ('cpu', 'cpu'),
+  ):
+    assert machine.kl_room(platform, kind) == losses.ROOM
 
 
 @pytest.mark.skipif(jax.default_backend() == 'gpu', reason='needs no GPU')
