@@ -82,18 +82,19 @@ def other_text() -> list[str]:
   """The same files on text of another kind than what they were trained on."""
   said = json.loads((RESULTS / 'other_text.json').read_text(encoding='utf-8'))
   ptq = said['models']['PTQ Q4_0']['kld']
+  commands = '\n'.join(f'    {line}' for line in said['commands'])
   rows = ['| model | PPL | KLD | KLD 99 % | top-1 % | KLD won back |',
           '|---|---:|---:|---:|---:|---:|']
   for name, m in said['models'].items():
     cells = [f'{m["ppl"]:.3f}', *4 * ['-']]
     if m['kld'] is not None:
       cells[1:] = [f'{m["kld"]:.4f}', f'{m["kld_q99"]:.4f}',
-                   f'{100 * m["top1"]:.2f}', f'{1 - m["kld"] / ptq:.1%}']
+                   f'{100 * m["top1"]:.2f}',
+                   f'{100 * (1 - m["kld"] / ptq):.1f} %']
     rows.append(f'| {name} | {" | ".join(cells)} |')
   return [
       '## On text of another kind', said['question'], '\n'.join(rows),
-      f'{said["text"]}, by {said["engine"]}. Commands:',
-      '\n'.join(f'    {line}' for line in said['commands']),
+      f'{said["text"]}, by {said["engine"]}. Commands:\n\n{commands}',
   ]
 
 

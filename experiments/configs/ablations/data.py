@@ -13,8 +13,9 @@ needs no corpus; 49,152 tokens of it took 12 minutes, a point takes 10.
 Answer: no, if text like that of its use is at hand: 0.0482 nats with
 documentation, 0.0572 with half of each, 0.0760 with sampled text, which from
 BOS alone is web pages and code in many languages. Still, text that asks for no
-corpus at all wins 83 % of the KL divergence back. (Held-out text is of each
-point's own kind: those figures do not compare.)
+corpus at all wins 83 % of the KL divergence back. And judged on such web pages,
+half of each is far better than documentation: 0.1090 nats, not 0.1563. (Held-out
+text is of each point's own kind: those figures do not compare.)
 """
 
 from experiments.configs import gemma3_270m_small
