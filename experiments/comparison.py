@@ -229,7 +229,11 @@ def plot(report, path) -> None:
   )
   axes = drawing.subplots()
   first = str(report['contexts'][0])
-  klds = []
+  sizes = [
+      row['bytes'] / 1e6 for row in report['models'].values()
+      if row[first]['kld'] is not None
+  ]
+  klds, middle = [], (min(sizes) + max(sizes)) / 2
   for name, row in report['models'].items():
     kld = row[first]['kld']
     if kld is None:
@@ -238,10 +242,13 @@ def plot(report, path) -> None:
     is_ours = 'QAT' in name
     x, color = row['bytes'] / 1e6, '#0072b2' if is_ours else '#7f7f7f'
     axes.plot(x, kld, 'o' if is_ours else 's', color=color, markersize=7)
-    # An imatrix may move a point so little that the labels would overlap.
+    # An imatrix may move a point so little that the labels would overlap. Ours
+    # lie close together; left of the large ones there is room.
+    is_left = is_ours and x > middle
     is_below = is_ours or 'imatrix' in name
-    axes.annotate(name, (x, kld), xytext=(7, -11 if is_below else 3),
-                  color=color, fontsize=8,
+    offset = (-7, -3) if is_left else (7, -11 if is_below else 3)
+    axes.annotate(name, (x, kld), xytext=offset, color=color, fontsize=8,
+                  ha='right' if is_left else 'left',
                   textcoords='offset points',
                   fontweight='bold' if is_ours else 'normal')
   plots.log_axis(axes, klds)
