@@ -229,18 +229,16 @@ def plot(report, path) -> None:
   )
   axes = drawing.subplots()
   first = str(report['contexts'][0])
-  sizes = [
-      row['bytes'] / 1e6 for row in report['models'].values()
+  points = {
+      name: (row['bytes'] / 1e6, row[first]['kld'])
+      for name, row in report['models'].items()
       if row[first]['kld'] is not None
-  ]
-  klds, middle = [], (min(sizes) + max(sizes)) / 2
-  for name, row in report['models'].items():
-    kld = row[first]['kld']
-    if kld is None:
-      continue
-    klds.append(kld)
+  }
+  sizes, klds = zip(*points.values())
+  middle = (min(sizes) + max(sizes)) / 2
+  for name, (x, kld) in points.items():
     is_ours = 'QAT' in name
-    x, color = row['bytes'] / 1e6, '#0072b2' if is_ours else '#7f7f7f'
+    color = '#0072b2' if is_ours else '#7f7f7f'
     axes.plot(x, kld, 'o' if is_ours else 's', color=color, markersize=7)
     # An imatrix may move a point so little that the labels would overlap. Ours
     # lie close together; left of the large ones there is room.

@@ -11,9 +11,9 @@ minutes a point on two cores.
 
 Answer: yes, more than all else. After the same 24 steps codes by the format's
 own rounding end at 0.208 nats, GPTQ in the order of the layers with a share of
-0.5 at 0.0482, with seed 1 (starts_1) at 0.0511. GPTQ for the teacher's activations ended at 0.0689 with an older
-program. Shares of 0 and 0.75 in order, weighed tokens, the order of columns and
-descent: lab log, 2026-11-26.
+0.5 at 0.0482, with seed 1 (starts_1) at 0.0511. GPTQ for the teacher's
+activations ended at 0.0689 with an older program. Shares of 0 and 0.75 in
+order, weighed tokens, the order of columns and descent: lab log, 2026-11-26.
 """
 
 from experiments.configs import gemma3_270m_small
