@@ -83,6 +83,4 @@ def clip_scale(weight: jax.Array, d: jax.Array) -> jax.Array:
 
 
 def _ratio(weight, d):
-  d = d[..., None]
-  ratio = rounding.divide(weight, jnp.where(d == 0, 1.0, d))
-  return jnp.where(d == 0, 0.0, ratio)
+  return rounding.divide(weight, d[..., None])

@@ -115,8 +115,7 @@ def _lift(blocks):
 
 
 def _inverse(d):
-  one = jnp.ones_like(d)
-  return jnp.where(d == 0, 0.0, rounding.divide(one, jnp.where(d == 0, 1.0, d)))
+  return rounding.divide(jnp.ones_like(d), d)
 
 
 def _without_inverse(d, tiny):

@@ -25,7 +25,8 @@ def int4(weight: jax.Array, axes: tuple[int, ...]):
     Codes int8 of the weight's shape, and scales with `axes` kept as size 1.
   """
   scale = rounding.divide(_absmax(weight, axes), INT4_MAX)
-  codes = jnp.clip(jnp.round(_ratio(weight, scale)), -INT4_MAX, INT4_MAX)
+  levels = jnp.round(rounding.divide(weight, scale))
+  codes = jnp.clip(levels, -INT4_MAX, INT4_MAX)
   return codes.astype(jnp.int8), scale
 
 
@@ -42,13 +43,8 @@ def sfp8(weight: jax.Array, axes: tuple[int, ...]):
     size 1.
   """
   scale = rounding.divide(_absmax(weight, axes), sfp8_numbers.MAX)
-  return sfp8_numbers.encode(_ratio(weight, scale)), scale
+  return sfp8_numbers.encode(rounding.divide(weight, scale)), scale
 
 
 def _absmax(weight, axes):
   return jnp.max(jnp.abs(weight), axis=axes, keepdims=True)
-
-
-def _ratio(weight, scale):
-  ratio = rounding.divide(weight, jnp.where(scale == 0, 1.0, scale))
-  return jnp.where(scale == 0, 0.0, ratio)

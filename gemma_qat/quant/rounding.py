@@ -99,25 +99,26 @@ def from_float16_bits(bits: jax.Array) -> jax.Array:
 def divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
   """Divides with one rounding, as IEEE and C do, on every backend.
 
-  Not so a plain division: on GPUs and TPUs it is off by up to two units in the
+  Not so a plain division: on GPUs and TPUs it may be off by two units in the
   last place, and everywhere XLA turns division by a constant into
   multiplication by its rounded inverse (4.5 % of x / 127 differ then).
 
   Args:
     x: float32.
-    divisor: float32 that broadcasts with x; not 0 where x is not.
+    divisor: float32 that broadcasts with x.
 
   Returns:
-    float32 of the common shape.
+    float32 of the common shape; 0 where the divisor is 0.
   """
   # XLA leaves a divisor alone that hangs on data.
-  divisor = jnp.where(x != 0, divisor, 1.0).astype(jnp.float32)
-  x = jnp.broadcast_to(x, divisor.shape)
-  return lax.platform_dependent(
-      x, divisor,
+  safe = jnp.where((x != 0) & (divisor != 0), divisor, 1.0)
+  safe = safe.astype(jnp.float32)
+  quotient = lax.platform_dependent(
+      jnp.broadcast_to(x, safe.shape), safe,
       cpu=lambda x, y: x / y,
       default=lambda x, y: nearest_quotient(x, y, x / y),
   )
+  return jnp.where(divisor == 0, 0.0, quotient)
 
 
 def nearest_quotient(

@@ -81,8 +81,8 @@ def nearest(format, master, scale):
   hundred operations on a GPU.
   """
   d = format.stored_scale(scale)
-  inverse = rounding.divide(jnp.ones_like(d), jnp.where(d == 0, 1.0, d))
-  ratio = master * spread(format, jnp.where(d == 0, 0.0, inverse), master)
+  inverse = rounding.divide(jnp.ones_like(d), d)
+  ratio = master * spread(format, inverse, master)
   codes = jnp.round(ratio) + format.zero
   codes = jnp.clip(codes, format.lowest, format.highest)
   return codes.astype(jnp.int8), ratio

@@ -72,6 +72,12 @@ def test_from_a_quotient_that_is_nearly_right_the_nearest_is_found(units):
   )
 
 
+def test_divided_by_zero_is_zero():
+  quotient = rounding.divide(jnp.float32([1, 0, -3]), jnp.float32([0, 0, 4]))
+  np.testing.assert_array_equal(quotient, [0, 0, -0.75])
+  np.testing.assert_array_equal(rounding.divide(jnp.float32([[2]]), 4), [[0.5]])
+
+
 def test_what_is_no_normal_number_is_left_to_the_plain_division():
   x = np.float32([0, 1, np.inf, 1e-40, 1, -np.inf])
   y = np.float32([3, np.inf, 2, 2, 1e-40, 0.5])
